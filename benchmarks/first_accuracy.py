@@ -1,0 +1,183 @@
+"""Train the published chgnet and FastCHGNet from scratch on the same DFT frames and compare them.
+
+Both see the same frames, reference energies, batch size, loss, learning-rate schedule and thread count.
+Each arm writes its own entry of the result file, so that arms can be run one after another:
+
+    python benchmarks/first_accuracy.py chgnet --data DIR --out first-accuracy.json
+    python benchmarks/first_accuracy.py conservative --seed 0 --data DIR --out first-accuracy.json
+
+DIR holds train.xyz and val.xyz (extended XYZ with energy, forces, stress and `config_type`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.io import iread
+from vesin import NeighborList
+
+N_TRAIN, BATCH_SIZE, LEARNING_RATE, FINAL_FRACTION = 500, 16, 1e-3, 1e-2
+CUTOFF = 6.0
+MAX_ATOMIC_NUMBER = 94
+
+
+def has_isolated_atom(atoms: Atoms) -> bool:
+    """Tell whether some atom has no neighbour within the cutoff."""
+    (center,) = NeighborList(cutoff=CUTOFF, full_list=True).compute(
+        points=atoms.positions, box=atoms.cell.array, periodic=True, quantities="i"
+    )
+    return len(np.unique(center)) < len(atoms)
+
+
+def read_frames(path: Path, limit: int | None = None) -> list[Atoms]:
+    """Read the mptrj_random frames without isolated atoms, in file order."""
+    frames = []
+    for atoms in iread(path):
+        if atoms.info["config_type"] == "mptrj_random" and not has_isolated_atom(atoms):
+            frames.append(atoms)
+        if len(frames) == limit:
+            break
+    return frames
+
+
+def fit_references(frames: list[Atoms]) -> np.ndarray:
+    """Fit energy per atom as a linear function of composition, eV per atom, by least squares."""
+    counts = np.stack([np.bincount(a.numbers - 1, minlength=MAX_ATOMIC_NUMBER) for a in frames])
+    n_atoms = counts.sum(1)
+    energies = np.array([a.get_potential_energy() for a in frames])
+    return np.linalg.lstsq(counts / n_atoms[:, None], energies / n_atoms, rcond=None)[0]
+
+
+def environment() -> dict[str, object]:
+    """Describe the machine and the software a row was measured with."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    cpu = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "device": f"{cpu[0]} ({os.cpu_count()} cores)",
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip(),
+        "versions": {name: version(name) for name in ("torch", "numpy", "ase", "vesin", "chgnet")},
+    }
+
+
+def train_chgnet(train: list[Atoms], val: list[Atoms], epochs: int, seed: int) -> dict[str, object]:
+    """Train the published model with its own Trainer."""
+    from chgnet.data.dataset import StructureData, collate_graphs
+    from chgnet.model import CHGNet
+    from chgnet.trainer import Trainer
+    from pymatgen.io.ase import AseAtomsAdaptor
+    from torch.utils.data import DataLoader
+
+    def dataset(frames: list[Atoms]) -> StructureData:
+        kbar = -10 / units.GPa  # VASP's sign and unit, which StructureData expects
+        return StructureData(
+            [AseAtomsAdaptor.get_structure(a) for a in frames],
+            [a.get_potential_energy() / len(a) for a in frames],
+            [a.get_forces() for a in frames],
+            stresses=[a.get_stress(voigt=False) * kbar for a in frames],
+            shuffle=False,
+        )
+
+    class TimedTrainer(Trainer):
+        """The published Trainer; only the wall time of each training epoch is noted."""
+
+        seconds: list[float] = []  # noqa: RUF012
+
+        def _train(self, *args, **kwargs):
+            start = time.perf_counter()
+            result = super()._train(*args, **kwargs)
+            self.seconds.append(time.perf_counter() - start)
+            return result
+
+    torch.manual_seed(seed)
+    model = CHGNet()
+    references = torch.tensor(fit_references(train), dtype=torch.float32)
+    model.composition_model.fc.weight.data.copy_(references[None])
+    trainer = TimedTrainer(
+        model,
+        targets="efs",
+        criterion="Huber",
+        epochs=epochs,
+        learning_rate=LEARNING_RATE,
+        scheduler_params={"decay_fraction": FINAL_FRACTION},
+        use_device="cpu",
+        print_freq=10,
+    )
+
+    def loader(frames: list[Atoms], shuffle: bool) -> DataLoader:
+        return DataLoader(
+            dataset(frames), batch_size=BATCH_SIZE, shuffle=shuffle, collate_fn=collate_graphs
+        )
+
+    train_loader, val_loader = loader(train, True), loader(val, False)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.train(train_loader, val_loader, save_dir=folder)
+    failed = train_loader.dataset.failed_idx + val_loader.dataset.failed_idx
+    if failed:
+        raise RuntimeError(f"chgnet replaced {len(failed)} frames by others")
+    history = [
+        {
+            "energy_mev_per_atom": 1000 * trainer.training_history["e"]["val"][epoch],
+            "forces_mev_per_angstrom": 1000 * trainer.training_history["f"]["val"][epoch],
+            "stress_gpa": trainer.training_history["s"]["val"][epoch],
+            "seconds": trainer.seconds[epoch],
+        }
+        for epoch in range(epochs)
+    ]
+    return {"n_parameters": model.n_params, "history": history}
+
+
+def write_row(out: Path, arm: str, row: dict[str, object]) -> None:
+    """Add one arm to the result file; the other arms stay."""
+    rows = json.loads(out.read_text()) if out.exists() else {}
+    rows[arm] = row
+    beside = out.with_suffix(".tmp")
+    beside.write_text(json.dumps(rows, indent=1) + "\n")
+    beside.replace(out)
+
+
+def main() -> None:
+    """Run one arm and write its row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arm", choices=["chgnet", "conservative", "direct"])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train = read_frames(args.data / "train.xyz", N_TRAIN)
+    val = read_frames(args.data / "val.xyz")
+    arms = {"chgnet": train_chgnet}
+    row = environment() | {"n_train": len(train), "n_val": len(val), "seed": args.seed}
+    row |= {"batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, "epochs": args.epochs}
+    row |= arms[args.arm](train, val, args.epochs, args.seed)
+    row["validation"] = {k: v for k, v in row["history"][-1].items() if k != "seconds"}
+    row["seconds_per_epoch"] = float(np.median([h["seconds"] for h in row["history"]]))
+    write_row(args.out, f"{args.arm}-seed{args.seed}", row)
+
+
+if __name__ == "__main__":
+    main()
