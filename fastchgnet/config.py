@@ -49,3 +49,13 @@ class ModelConfig(Config):
         if self.shared_layer_norm and not self.norm:
             raise ValueError("shared_layer_norm needs norm: true")
         return self
+
+
+class Provenance(Config):
+    """What the energies of a model, or of a data set, mean and where they come from."""
+
+    name: str = Field(description="Name of the model or of its run.")
+    functional: str = Field("unknown", description="Density functional, such as PBE/PBE+U or r2SCAN.")
+    energy_correction: str = Field("unknown", description="Correction added to the energies: none, MP2020, ...")
+    source: str = Field("", description="Publication, data set or run it comes from.")
+    licence: str = Field("", description="Licence of the weights.")

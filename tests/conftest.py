@@ -1,0 +1,18 @@
+"""What tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def shared_data() -> Path:
+    """Find the folder of real DFT data beside the repository; skip the test where there is none."""
+    named = os.environ.get("FASTCHGNET_TEST_DATA")
+    folders = [Path(named)] if named else [p / "shared" / "data" for p in Path(__file__).resolve().parents]
+    for folder in folders:
+        if (folder / "dft" / "train.xyz").exists():
+            return folder
+    pytest.skip("needs the DFT data; set FASTCHGNET_TEST_DATA to its folder")
