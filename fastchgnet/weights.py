@@ -1,0 +1,181 @@
+"""Files of weights: one .safetensors with the tensors and what they mean, and a readable copy beside it.
+
+The header of `model.safetensors` holds the format's version, the model's configuration, its provenance
+and anything a run adds; `model.safetensors.json` repeats it for readers. Pickles are never loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from fastchgnet.config import ModelConfig, Provenance
+from fastchgnet.errors import InputError
+from fastchgnet.potential import Potential
+from fastchgnet.units import MAX_ATOMIC_NUMBER
+
+FORMAT = "fastchgnet"
+FORMAT_VERSION = 1
+
+_PICKLE_SUFFIXES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".bin"}
+# A pickle of protocol 2 or later, and the zip archive in which torch.save wraps one.
+_PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+
+
+class Header(BaseModel):
+    """What a file of weights says about itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: ModelConfig
+    provenance: Provenance
+    extra: dict[str, JsonValue] = {}
+
+
+def save_potential(
+    potential: Potential, path: str | Path, extra_metadata: Mapping[str, JsonValue] | None = None
+) -> None:
+    """Write the tensors of `potential` to `path` (.safetensors) and their description to `path`.json.
+
+    Each file appears whole or not at all: a full disk or a killed process leaves what was there before.
+
+    Raises:
+        InputError: `path` cannot be written.
+    """
+    path = Path(path)
+    header = Header(
+        config=potential.config, provenance=potential.provenance, extra=dict(extra_metadata or {})
+    )
+    described = {"format": FORMAT, "format_version": FORMAT_VERSION, **header.model_dump(mode="json")}
+    # safetensors keeps metadata as strings, so each value is a JSON document of its own.
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
+    write_atomically(path, lambda file: file.write(to_safetensors(tensors, metadata)))
+    readable = json.dumps(described, indent=2) + "\n"
+    write_atomically(Path(f"{path}.json"), lambda file: file.write(readable.encode()))
+
+
+def load_potential(path: str | Path) -> Potential:
+    """Rebuild the potential saved at `path`, on the CPU, in evaluation mode and in the dtype it was saved in.
+
+    Raises:
+        InputError: no such file, a pickle, not a whole safetensors file, not one of ours, of an unknown
+            format version, of another architecture, or with weights that are not finite.
+    """
+    path = Path(path)
+    header = read_header(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    # Building draws initial weights; the caller's random state must not depend on that.
+    with torch.random.fork_rng(devices=[]):
+        references = torch.zeros(MAX_ATOMIC_NUMBER, dtype=torch.float64)
+        potential = Potential(header.config, references, header.provenance)
+    flaw = _mismatch(tensors, potential.state_dict()) or _not_finite(tensors)
+    if flaw:
+        raise InputError(f"{path}: {flaw}")
+    potential.model.to(next(tensors[f"model.{name}"].dtype for name, _ in potential.model.named_parameters()))
+    potential.load_state_dict(tensors)
+    return potential.eval()
+
+
+def read_header(path: str | Path) -> Header:
+    """Read what the file of weights at `path` says about itself, without its tensors.
+
+    Raises:
+        InputError: no such file, a pickle, not a whole safetensors file, not one of ours, or of an
+            unknown format version.
+    """
+    path = Path(path)
+    _refuse_pickles(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file, or a truncated one ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path}: a safetensors file, but not one that FastCHGNet wrote")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        version = metadata.get("format_version")
+        raise InputError(f"{path}: format version {version}, this FastCHGNet reads {FORMAT_VERSION}")
+    try:
+        return Header.model_validate(
+            {key: json.loads(metadata[key]) for key in Header.model_fields if key in metadata}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {place}: {first['msg']}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: its metadata is not JSON ({error})") from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `path`, and rename it to `path` once it is safely on the disk.
+
+    Raises:
+        InputError: the folder or the disk does not take it; `path` is as before.
+    """
+    # A name of its own for every writer: several processes may write the same file at once.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Raise InputError where there is no file, or one that only unpickling could read."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if path.suffix.lower() in _PICKLE_SUFFIXES or magic.startswith(_PICKLE_MAGIC):
+        raise InputError(
+            f"{path}: a pickle can run any code and is never loaded; "
+            "the published CHGNet weights come as safetensors by `fastchgnet weights`"
+        )
+
+
+def _mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """Say how the tensors of a file differ from those its configuration needs."""
+    for what, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has the unknown", found.keys() - expected.keys()),
+    ):
+        if names:
+            return f"a checkpoint of another architecture: {what} {min(names)} ({len(names)} such tensors)"
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            shapes = f"{tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+            return f"a checkpoint of another architecture: {name} has shape {shapes}"
+    return None
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor with a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            return f"{name} contains NaN or infinity"
+    return None
