@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from fastchgnet.errors import InputError
+
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+"""A path; a relative one is taken from the current directory, whatever file names it."""
 
 
 class Config(BaseModel):
@@ -56,6 +65,160 @@ class Provenance(Config):
 
     name: str = Field(description="Name of the model or of its run.")
     functional: str = Field("unknown", description="Density functional, such as PBE/PBE+U or r2SCAN.")
-    energy_correction: str = Field("unknown", description="Correction added to the energies: none, MP2020, ...")
+    energy_correction: str = Field(
+        "unknown", description="Correction added to the energies: none, MP2020, ..."
+    )
     source: str = Field("", description="Publication, data set or run it comes from.")
     licence: str = Field("", description="Licence of the weights.")
+
+
+class LossConfig(Config):
+    """Weights of the four targets: a preset, and single weights that replace those of the preset."""
+
+    preset: Literal["paper", "chgnet"] = Field(
+        "paper", description="Weights of E, F, S, M: paper 2, 1.5, 0.1, 0.1 or chgnet 1, 1, 0.1, 0.1."
+    )
+    energy: float | None = Field(None, ge=0, description="Weight of the energy per atom, instead.")
+    forces: float | None = Field(None, ge=0, description="Weight of the forces, instead.")
+    stress: float | None = Field(None, ge=0, description="Weight of the stress, instead.")
+    magmoms: float | None = Field(None, ge=0, description="Weight of the magnetic moments, instead.")
+    delta: float = Field(
+        0.1, gt=0, description="Error from which the Huber loss is linear: eV/atom, eV/A, GPa, mu_B."
+    )
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of energy, forces, stress and magnetic moments."""
+        preset = (2.0, 1.5, 0.1, 0.1) if self.preset == "paper" else (1.0, 1.0, 0.1, 0.1)
+        own = (self.energy, self.forces, self.stress, self.magmoms)
+        return tuple(p if o is None else o for o, p in zip(own, preset, strict=True))
+
+
+class OptimConfig(Config):
+    """Adam, its learning rate over the run, and what keeps the steps steady."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate.")
+    final_fraction: float = Field(
+        0.01, ge=0, le=1, description="Learning rate at the end of the cosine, relative to the highest."
+    )
+    warmup_epochs: float = Field(
+        0.0, ge=0, description="Epochs, also fractions, over which the rate first rises linearly."
+    )
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="Norm to which a longer gradient is shortened; null for never."
+    )
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="Decay per step of the averaged weights that are kept; 0 for none."
+    )
+
+
+class DataConfig(Config):
+    """Where the frames come from and how many make a batch."""
+
+    train: AbsolutePath = Field(description="Store of training frames, from `fastchgnet prepare`.")
+    val: AbsolutePath | None = Field(
+        None, description="Store of validation frames; without one, the splits of the training store."
+    )
+    split_seed: int = Field(0, ge=0, description="Seed of the splits, where there is no `val`.")
+    batch_size: int = Field(32, gt=0, description="Most frames in a batch.")
+
+
+class TrainConfig(Config):
+    """The run: where it is kept, how long it is, what it starts from."""
+
+    out: AbsolutePath = Field(description="Folder of the run.")
+    epochs: int = Field(30, gt=0, description="Passes over the training frames.")
+    seed: int = Field(0, ge=0, description="Seed of the initial weights and of the order of the frames.")
+    device: str = Field("auto", description="cpu, cuda, or auto: a GPU where there is one.")
+    dtype: Literal["float32", "float64"] = Field("float32", description="Precision of the network.")
+    init: str | None = Field(
+        None, description="Weights to start from: a .safetensors file or the name of a published model."
+    )
+    references: Literal["fit", "keep"] = Field(
+        "fit", description="Reference energies: fitted to the training frames, or those of `init`."
+    )
+    checkpoint_minutes: float = Field(
+        10.0, gt=0, description="Longest time between two checkpoints within an epoch."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.references == "keep" and self.init is None:
+            raise ValueError("references: keep needs init, whose reference energies it keeps")
+        return self
+
+
+class RunConfig(Config):
+    """Everything that decides a training run; one YAML file."""
+
+    model: ModelConfig = Field(ModelConfig(), description="The network.")
+    loss: LossConfig = Field(LossConfig(), description="What is minimised.")
+    optim: OptimConfig = Field(OptimConfig(), description="How it is minimised.")
+    data: DataConfig = Field(description="The frames.")
+    train: TrainConfig = Field(description="The run.")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that occurs twice is an error, not a silent loss of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        keys = [key.value for key, _ in node.value]
+        for key, (key_node, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} twice", key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML file, with `section.key=value` overrides, whose values are YAML too.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, or a value that does not fit; names each key.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text file") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected sections with keys, such as `train:` with `out: FOLDER`")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {'; '.join(map(_describe, error.errors()))}") from error
+
+
+def _override(values: dict[str, object], override: str) -> None:
+    """Set one `section.key=value` in nested dictionaries."""
+    name, equals, text = override.partition("=")
+    *sections, key = name.split(".")
+    if not (equals and key):
+        raise InputError(f"--set {override}: expected section.key=value, such as optim.learning_rate=1e-3")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override}: {section} is not a section")
+        values = inner
+    try:
+        values[key] = yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: not YAML: {_one_line(error)}") from error
+
+
+def _describe(error: ErrorDetails) -> str:
+    """Say in a few words what pydantic found wrong with one key."""
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {name}"
+    if error["type"] == "missing":
+        return f"missing key {name}"
+    return f"{name}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,97 @@
+"""Heads of a direct readout: forces and stress without any derivative.
+
+`PairHeads` is ours, `PaperHeads` the FastCHGNet paper's, kept for the comparison.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastchgnet.basis import envelope
+from fastchgnet.config import ModelConfig
+from fastchgnet.graph import Batch
+from fastchgnet.model import D, Features, Gate, HiddenGate, projection, segment_sum
+from fastchgnet.units import GPA
+
+
+def pair_forces(pair_force_U3: Tensor, batch: Batch) -> Tensor:
+    """Sum what each bond does to its two ends, [A, 3]; +f on the centre and -f on the neighbour."""
+    n_atoms = len(batch.atomic_number)
+    onto_center = segment_sum(pair_force_U3, batch.bond_center, n_atoms)
+    return onto_center - segment_sum(pair_force_U3, batch.bond_neighbor, n_atoms)
+
+
+def virial_stress(bond_vector: Tensor, pair_force_U3: Tensor, batch: Batch) -> Tensor:
+    """Stress 1/V sum r (x) f over bonds, [S, 3, 3] eV/A^3; NaN unless periodic in three directions."""
+    outer = (bond_vector[:, :, None] * pair_force_U3[:, None, :]).flatten(1).double()
+    virial = segment_sum(outer, batch.bond_system, batch.n_systems).view(-1, 3, 3)
+    # the mask comes after the division, so that a missing volume sends no NaN into the gradient
+    periodic = batch.volume.isfinite()
+    stress = virial / batch.volume.where(periodic, 1.0)[:, None, None]
+    return stress.where(periodic[:, None, None], torch.nan).to(bond_vector.dtype)
+
+
+class PairHeads(nn.Module):
+    """F_i = sum_j n_ij r^_ij and stress = 1/V sum_ij m_ij r^_ij (x) r^_ij with scalars symmetric in i and j.
+
+    Newton's third law holds, the stress is symmetric, both rotate with the crystal, do not depend on the
+    choice of cell and vanish smoothly at the cutoff. The scalars read both atoms and the bond; angles
+    enter through the features of short bonds and atoms. Within the bond cutoff an angle is a function of
+    three distances, all below twice that cutoff, so central pair forces lose no generality.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.atom = projection(3, bias=True)
+        self.bond = projection(3)
+        self.message = HiddenGate(config)
+        self.scalars = nn.Linear(D, 2, bias=False)
+        # an untrained head predicts no force and no stress
+        nn.init.zeros_(self.scalars.weight)
+
+    def forward(self, batch: Batch, bond_vector: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+        """Return forces [A, 3], eV/A, and stress [S, 3, 3], eV/A^3."""
+        distance = bond_vector.norm(dim=1, keepdim=True)
+        unit = bond_vector / distance
+        atom = self.atom(features.atom_AD)
+        hidden = atom[batch.bond_center] + atom[batch.bond_neighbor]
+        hidden = hidden + features.bonds.project(self.bond.weight)
+        cutoff = envelope(distance / self.config.atom_cutoff, self.config.envelope_p)
+        n_U1, m_U1 = (self.scalars(self.message(hidden)) * cutoff).chunk(2, dim=1)
+        return pair_forces(n_U1 * unit, batch), virial_stress(unit, m_U1 * unit, batch)
+
+
+class PaperHeads(nn.Module):
+    """The paper's Force head (Eq. 7) on bond features and Stress head (Eq. 9) on atom features.
+
+    Has no envelope, so bonds at or beyond the cutoff are masked and forces jump there; the stress is
+    neither equivariant nor independent of the choice of cell. `x_ij` is read as the unit vector and
+    `scale` as 1 GPa over the number of atoms (docs/decisions.md).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.force_first = nn.Linear(D, 2 * D)
+        self.force_end = Gate(config.model_copy(update={"shared_layer_norm": False}))
+        self.force_out = nn.Linear(D, 1, bias=False)
+        self.stress_first = nn.Linear(D, 2 * D)
+        self.stress_end = Gate(config.model_copy(update={"shared_layer_norm": False}))
+        self.stress_out = nn.Linear(D, 9)
+
+    def forward(self, batch: Batch, bond_vector: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+        """Return forces [A, 3], eV/A, and stress [S, 3, 3], eV/A^3."""
+        distance = bond_vector.norm(dim=1, keepdim=True)
+        hidden = features.bonds.project(self.force_first.weight) + self.force_first.bias
+        n_U1 = self.force_out(self.force_end(*hidden.chunk(2, dim=1)))
+        n_U1 = n_U1.where(distance < self.config.atom_cutoff, 0.0)
+        forces = pair_forces(n_U1 * bond_vector / distance, batch)
+
+        site = self.stress_out(self.stress_end(*self.stress_first(features.atom_AD).chunk(2, dim=1)))
+        mean = segment_sum(site, batch.atom_system, batch.n_systems).view(-1, 3, 3) * GPA
+        mean = mean / batch.n_atoms[:, None, None]
+        axis_sum = torch.nn.functional.normalize(batch.cell, dim=2).sum(1).to(site.dtype)
+        stress = mean * axis_sum[:, :, None] * axis_sum[:, None, :]
+        return forces, stress.where(batch.volume.isfinite()[:, None, None], torch.nan)

@@ -1,0 +1,248 @@
+"""CHGNet, top to bottom: embeddings, four interaction blocks, readouts (Deng et al. 2023, Zhou et al. 2024).
+
+Legend: A atoms, U bonds (short ones first), B short bonds, E directed edges, T angles; D = 64 features,
+R radial and F angular basis functions.
+
+Three facts shape the code. A linear layer on a concatenation is a sum of linear layers, W[a;b;c] =
+W_a a + W_b b + W_c c: project per atom and per bond, then gather the projections. Without an output bias
+a bond over the bond cutoff (87% of them) never changes its features: its projection is a linear function
+of its radial basis, so no state is carried for it. And every message carries an envelope and no bias, so
+pairs beyond the cutoff contribute exactly zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis
+from fastchgnet.config import ModelConfig
+from fastchgnet.graph import Batch
+from fastchgnet.units import MAX_ATOMIC_NUMBER
+
+D = 64
+N_BLOCKS = 4
+
+
+def segment_sum(values_ND: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """Sum rows by segment: [N, D] and [N] to [n_segments, D]."""
+    return values_ND.new_zeros(n_segments, values_ND.shape[1]).index_add_(0, index, values_ND)
+
+
+def projection(n_parts: int, bias: bool = False) -> nn.Linear:
+    """Make one D-column part of a linear layer on `n_parts` concatenated features; core and gate packed.
+
+    Initialised as the whole layer would be, whose fan-in is n_parts * D.
+    """
+    linear = nn.Linear(D, 2 * D, bias=bias)
+    for parameter in linear.parameters():
+        nn.init.uniform_(parameter, -((n_parts * D) ** -0.5), (n_parts * D) ** -0.5)
+    return linear
+
+
+class Gate(nn.Module):
+    """SiLU(LN(core)) * sigmoid(LN(gate)), the end of every gated MLP."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n_norms = 0 if not config.norm else 1 if config.shared_layer_norm else 2
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(n_norms))
+
+    def forward(self, core_ND: Tensor, gate_ND: Tensor) -> Tensor:
+        """Gate N rows."""
+        if len(self.norms):
+            core_ND, gate_ND = self.norms[0](core_ND), self.norms[-1](gate_ND)
+        return F.silu(core_ND) * torch.sigmoid(gate_ND)
+
+
+class HiddenGate(nn.Module):
+    """The rest of a gated MLP behind its first, factorised linear layer: SiLU, Linear, `Gate`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.core = nn.Linear(D, D)
+        self.gate = nn.Linear(D, D)
+        self.end = Gate(config)
+
+    def forward(self, hidden_N2D: Tensor) -> Tensor:
+        """Map packed pre-activations [N, 2D] to messages [N, D]."""
+        core_ND, gate_ND = F.silu(hidden_N2D).chunk(2, dim=1)
+        return self.end(self.core(core_ND), self.gate(gate_ND))
+
+
+class BondFeatures(NamedTuple):
+    """Features of all bonds: state of the short ones, radial basis of the long ones."""
+
+    short_BD: Tensor
+    long_basis: Tensor  # [U-B, R]
+    embedding_DR: Tensor
+    long_shift_1D: Tensor  # what output biases have added so far to bonds of systems with angles
+    long_has_angle: Tensor  # [U-B, 1] 0 or 1
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Apply a weight [K, D] to the features of every bond, [U, K]."""
+        long = F.linear(self.long_basis, weight @ self.embedding_DR)
+        long = long + self.long_has_angle * F.linear(self.long_shift_1D, weight)
+        return torch.cat([F.linear(self.short_BD, weight), long])
+
+
+class AtomConv(nn.Module):
+    """v_i += L[sum_j w_ij * phi(v_i, e_ij, v_j)] (Eq. 4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.center = projection(3, bias=True)
+        self.neighbor = projection(3)
+        self.bond = projection(3)
+        self.message = HiddenGate(config)
+        self.out = nn.Linear(D, D, bias=config.output_bias)
+
+    def forward(self, atom_AD: Tensor, bonds: BondFeatures, weight_UD: Tensor, batch: Batch) -> Tensor:
+        """Return the new atom features."""
+        hidden = self.center(atom_AD)[batch.edge_center] + self.neighbor(atom_AD)[batch.edge_neighbor]
+        hidden = hidden + bonds.project(self.bond.weight)[batch.edge_bond]
+        message_ED = self.message(hidden) * weight_UD[batch.edge_bond]
+        return atom_AD + self.out(segment_sum(message_ED, batch.edge_center, len(atom_AD)))
+
+
+class AngleProjections(nn.Module):
+    """The first layer shared in form by BondConv and AngleUpdate, on [bond_i, bond_j, angle, center]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bond_i = projection(4)
+        self.bond_j = projection(4)
+        self.angle = projection(4)
+        self.center = projection(4, bias=True)
+
+    def forward(self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, batch: Batch) -> Tensor:
+        """Return the packed pre-activations of every angle, [T, 2D]."""
+        hidden = self.angle(angle_TD) + self.center(atom_AD)[batch.angle_center]
+        hidden = hidden + self.bond_i(short_BD)[batch.angle_bond_i]
+        return hidden + self.bond_j(short_BD)[batch.angle_bond_j]
+
+
+class BondConv(nn.Module):
+    """e_ij += L[w_ij * sum_k w_ik * phi(e_ij, e_ik, a_ijk, v_i)], both ends of a bond summed (Eq. 5)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.first = AngleProjections()
+        self.message = HiddenGate(config)
+        self.out = nn.Linear(D, D, bias=config.output_bias)
+
+    def forward(
+        self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, weight_BD: Tensor, batch: Batch
+    ) -> Tensor:
+        """Return what is added to the features of the short bonds, [B, D], an output bias aside."""
+        message_TD = self.message(self.first(atom_AD, short_BD, angle_TD, batch))
+        message_TD = message_TD * weight_BD[batch.angle_bond_j]
+        total_BD = weight_BD * segment_sum(message_TD, batch.angle_bond_i, len(short_BD))
+        return F.linear(total_BD, self.out.weight)
+
+
+class AngleUpdate(nn.Module):
+    """a_ijk += phi(e_ij, e_ik, a_ijk, v_i), without a hidden layer (Eq. 6)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.first = AngleProjections()
+        self.end = Gate(config)
+
+    def forward(self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, batch: Batch) -> Tensor:
+        """Return the new angle features."""
+        return angle_TD + self.end(*self.first(atom_AD, short_BD, angle_TD, batch).chunk(2, dim=1))
+
+
+class Features(NamedTuple):
+    """What the network has made of a batch; readouts and heads start from here."""
+
+    site_energy: Tensor  # [A] eV, without reference energies
+    magmoms: Tensor  # [A] mu_B
+    atom_AD: Tensor
+    bonds: BondFeatures
+
+
+class CHGNet(nn.Module):
+    """The network: a batch and its bond vectors in, features, site energies and magnetic moments out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.atom_embedding = nn.Embedding(MAX_ATOMIC_NUMBER, D)
+        self.atom_basis = RadialBasis(config.n_radial, config.atom_cutoff, config.envelope_p)
+        self.bond_basis = RadialBasis(config.n_radial, config.bond_cutoff, config.envelope_p)
+        bases = {"fourier": FourierBasis, "chebyshev": ChebyshevBasis}
+        self.angle_basis = bases[config.angular_basis](config.n_angular)
+        self.bond_embedding = nn.Linear(config.n_radial, D, bias=False)
+        self.atom_weight = nn.Linear(config.n_radial, D, bias=False)
+        self.bond_weight = nn.Linear(config.n_radial, D, bias=False)
+        self.angle_embedding = nn.Linear(config.n_angular, D, bias=False)
+        self.atom_convs = nn.ModuleList(AtomConv(config) for _ in range(N_BLOCKS))
+        self.bond_convs = nn.ModuleList(BondConv(config) for _ in range(N_BLOCKS - 1))
+        # the published models' third angle update never reaches an output
+        self.angle_updates = nn.ModuleList(AngleUpdate(config) for _ in range(N_BLOCKS - 2))
+        self.magmom = nn.Linear(D, 1)
+        self.readout_norm = nn.LayerNorm(D) if config.norm else nn.Identity()
+        widths = (D, *config.readout_hidden)
+        hidden = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.SiLU())]
+        self.readout = nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
+
+    def forward(self, batch: Batch, bond_vector: Tensor) -> Features:
+        """Run the network.
+
+        Args:
+            batch: S systems as a graph.
+            bond_vector: [U, 3], A, in the network's dtype; what forces are derivatives by.
+        """
+        distance = bond_vector.norm(dim=1, keepdim=True)
+        n_short = batch.n_short_bonds
+        basis_UR = self.atom_basis(distance)
+        atom_weight_UD = self.atom_weight(basis_UR)
+        bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
+        angle_TD = self.angle_embedding(self.angle_basis(self._cosines(batch, bond_vector, distance)))
+        has_angle_U1 = self._bond_has_angle(batch)
+        atom_AD = self.atom_embedding(batch.atomic_number - 1)
+        bonds = BondFeatures(
+            short_BD=self.bond_embedding(basis_UR[:n_short]),
+            long_basis=basis_UR[n_short:],
+            embedding_DR=self.bond_embedding.weight,
+            long_shift_1D=basis_UR.new_zeros(1, D),
+            long_has_angle=has_angle_U1[n_short:],
+        )
+        for t, bond_conv in enumerate(self.bond_convs):
+            old_atom_AD, old_short_BD = atom_AD, bonds.short_BD
+            atom_AD = self.atom_convs[t](atom_AD, bonds, atom_weight_UD, batch)
+            # the paper's Eq. 11 feeds bonds and angles from the previous block, Eq. 10 from this one
+            parallel = self.config.interaction == "parallel"
+            source_AD = old_atom_AD if parallel else atom_AD
+            short_BD = bonds.short_BD + bond_conv(source_AD, old_short_BD, angle_TD, bond_weight_BD, batch)
+            shift_1D = bonds.long_shift_1D
+            if bond_conv.out.bias is not None:
+                short_BD = short_BD + has_angle_U1[:n_short] * bond_conv.out.bias
+                shift_1D = shift_1D + bond_conv.out.bias
+            bonds = bonds._replace(short_BD=short_BD, long_shift_1D=shift_1D)
+            if t < len(self.angle_updates):
+                source_BD = old_short_BD if parallel else short_BD
+                angle_TD = self.angle_updates[t](source_AD, source_BD, angle_TD, batch)
+        magmoms = self.magmom(atom_AD)[:, 0].abs()
+        atom_AD = self.atom_convs[-1](atom_AD, bonds, atom_weight_UD, batch)
+        site_energy = self.readout(self.readout_norm(atom_AD))[:, 0]
+        return Features(site_energy, magmoms, atom_AD, bonds)
+
+    @staticmethod
+    def _cosines(batch: Batch, bond_vector: Tensor, distance: Tensor) -> Tensor:
+        """Cosine of every angle, [T]."""
+        n_short = batch.n_short_bonds
+        unit_B3 = bond_vector[:n_short] / distance[:n_short]
+        dot = (unit_B3[batch.angle_bond_i] * unit_B3[batch.angle_bond_j]).sum(1)
+        return batch.angle_sign * dot
+
+    def _bond_has_angle(self, batch: Batch) -> Tensor:
+        """One where the bond's system has an angle, [U, 1]; only an output bias asks for it."""
+        has_angle = batch.volume.new_zeros(batch.n_systems, dtype=self.magmom.weight.dtype)
+        has_angle[batch.atom_system[batch.angle_center]] = 1
+        return has_angle[batch.bond_system][:, None]

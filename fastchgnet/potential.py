@@ -1,0 +1,101 @@
+"""From the network to energy, forces, stress and magnetic moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastchgnet.config import ModelConfig, Provenance
+from fastchgnet.graph import Batch, Output, Systems
+from fastchgnet.heads import PairHeads, PaperHeads, pair_forces, virial_stress
+from fastchgnet.model import CHGNet, Features
+from fastchgnet.neighbors import build_graph
+from fastchgnet.units import MAX_ATOMIC_NUMBER
+
+
+class Potential(nn.Module):
+    """An interatomic potential: graph in; energy, forces, stress and magnetic moments out.
+
+    A conservative readout takes one derivative of the energy with respect to the bond vectors, which
+    gives forces and virial at once; a direct readout asks heads of its own. In training mode outputs
+    carry a graph for the derivative of the loss, in evaluation mode they are detached.
+
+    Args:
+        config: the network.
+        references: energy of each element, H first, eV; [94], kept in float64.
+        provenance: what the energies mean.
+    """
+
+    references: Tensor
+
+    def __init__(self, config: ModelConfig, references: Tensor, provenance: Provenance) -> None:
+        super().__init__()
+        if references.shape != (MAX_ATOMIC_NUMBER,):
+            raise ValueError(
+                f"references must have shape ({MAX_ATOMIC_NUMBER},), not {tuple(references.shape)}"
+            )
+        self.config = config
+        self.provenance = provenance
+        self.model = CHGNet(config)
+        self.heads: PairHeads | PaperHeads | None = None
+        if config.readout == "direct":
+            self.heads = PairHeads(config) if config.heads == "pair" else PaperHeads(config)
+        self.register_buffer("references", references.detach().double())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .float() and .to(dtype) must not round the reference energies: they are summed over all atoms
+        exact = self.references
+        super()._apply(fn, recurse)
+        self.references = exact.to(self.references.device)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the network."""
+        return self.model.magmom.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self.references.device
+
+    def n_parameters(self) -> int:
+        """Count trainable parameters and reference energies, as published counts do."""
+        return sum(p.numel() for p in self.parameters()) + self.references.numel()
+
+    def build_graph(self, systems: Systems) -> Batch:
+        """Build the graph of crystals with this model's cutoffs, on this model's device."""
+        return build_graph(systems, self.config.atom_cutoff, self.config.bond_cutoff).to(self.device)
+
+    def forward(self, batch: Batch) -> Output:
+        """Evaluate a batch of S systems with A atoms; shapes and units are those of `Output`."""
+        vector = batch.bond_vector.to(self.dtype)
+        if self.heads is None:
+            return self._conservative(batch, vector)
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            features = self.model(batch, vector)
+            forces, stress = self.heads(batch, vector, features)
+            return self._output(batch, features, forces, stress)
+
+    def _conservative(self, batch: Batch, vector: Tensor) -> Output:
+        with torch.enable_grad():
+            vector = vector.detach().requires_grad_()
+            features = self.model(batch, vector)
+            # dE/dr_ij pulls the centre along the bond: F_i = +dE/dr_ij, F_j = -dE/dr_ij
+            (pair_force,) = torch.autograd.grad(
+                features.site_energy.sum(), vector, create_graph=self.training
+            )
+            forces = pair_forces(pair_force, batch)
+            stress = virial_stress(vector, pair_force, batch)
+            output = self._output(batch, features, forces, stress)
+        return output if self.training else Output(*(tensor.detach() for tensor in output))
+
+    def _output(self, batch: Batch, features: Features, forces: Tensor, stress: Tensor) -> Output:
+        """Add the reference energies and sum over atoms, both in float64."""
+        site_energies = features.site_energy.double() + self.references[batch.atomic_number - 1]
+        zeros: Any = site_energies.new_zeros(batch.n_systems)
+        energy = zeros.index_add(0, batch.atom_system, site_energies)
+        return Output(energy, forces, stress, features.magmoms, site_energies)
