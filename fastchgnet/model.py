@@ -12,6 +12,7 @@ pairs beyond the cutoff contribute exactly zero.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -79,13 +80,14 @@ class BondFeatures(NamedTuple):
     short_BD: Tensor
     long_basis: Tensor  # [U-B, R]
     embedding_DR: Tensor
-    long_shift_1D: Tensor  # what output biases have added so far to bonds of systems with angles
-    long_has_angle: Tensor  # [U-B, 1] 0 or 1
+    has_angle_U1: Tensor  # one where the bond's system has an angle; only an output bias asks for it
+    long_shift_1D: Tensor | None = None  # what output biases have added to long bonds that have_angle
 
     def project(self, weight: Tensor) -> Tensor:
         """Apply a weight [K, D] to the features of every bond, [U, K]."""
         long = F.linear(self.long_basis, weight @ self.embedding_DR)
-        long = long + self.long_has_angle * F.linear(self.long_shift_1D, weight)
+        if self.long_shift_1D is not None:
+            long = long + self.has_angle_U1[len(self.short_BD) :] * F.linear(self.long_shift_1D, weight)
         return torch.cat([F.linear(self.short_BD, weight), long])
 
 
@@ -132,16 +134,23 @@ class BondConv(nn.Module):
         super().__init__()
         self.first = AngleProjections()
         self.message = HiddenGate(config)
+        self.output_bias = config.output_bias
         self.out = nn.Linear(D, D, bias=config.output_bias)
 
     def forward(
-        self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, weight_BD: Tensor, batch: Batch
-    ) -> Tensor:
-        """Return what is added to the features of the short bonds, [B, D], an output bias aside."""
-        message_TD = self.message(self.first(atom_AD, short_BD, angle_TD, batch))
+        self, atom_AD: Tensor, bonds: BondFeatures, angle_TD: Tensor, weight_BD: Tensor, batch: Batch
+    ) -> BondFeatures:
+        """Return the new bond features."""
+        message_TD = self.message(self.first(atom_AD, bonds.short_BD, angle_TD, batch))
         message_TD = message_TD * weight_BD[batch.angle_bond_j]
-        total_BD = weight_BD * segment_sum(message_TD, batch.angle_bond_i, len(short_BD))
-        return F.linear(total_BD, self.out.weight)
+        total_BD = weight_BD * segment_sum(message_TD, batch.angle_bond_i, len(weight_BD))
+        short_BD = bonds.short_BD + F.linear(total_BD, self.out.weight)
+        if not self.output_bias:
+            return bonds._replace(short_BD=short_BD)
+        bias = self.out.bias
+        shift_1D = bias[None] if bonds.long_shift_1D is None else bonds.long_shift_1D + bias
+        short_BD = short_BD + bonds.has_angle_U1[: len(short_BD)] * bias
+        return bonds._replace(short_BD=short_BD, long_shift_1D=shift_1D)
 
 
 class AngleUpdate(nn.Module):
@@ -188,7 +197,7 @@ class CHGNet(nn.Module):
         self.magmom = nn.Linear(D, 1)
         self.readout_norm = nn.LayerNorm(D) if config.norm else nn.Identity()
         widths = (D, *config.readout_hidden)
-        hidden = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.SiLU())]
+        hidden = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.SiLU())]
         self.readout = nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
 
     def forward(self, batch: Batch, bond_vector: Tensor) -> Features:
@@ -204,29 +213,22 @@ class CHGNet(nn.Module):
         atom_weight_UD = self.atom_weight(basis_UR)
         bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
         angle_TD = self.angle_embedding(self.angle_basis(self._cosines(batch, bond_vector, distance)))
-        has_angle_U1 = self._bond_has_angle(batch)
         atom_AD = self.atom_embedding(batch.atomic_number - 1)
         bonds = BondFeatures(
             short_BD=self.bond_embedding(basis_UR[:n_short]),
             long_basis=basis_UR[n_short:],
             embedding_DR=self.bond_embedding.weight,
-            long_shift_1D=basis_UR.new_zeros(1, D),
-            long_has_angle=has_angle_U1[n_short:],
+            has_angle_U1=self._bond_has_angle(batch),
         )
-        for t, bond_conv in enumerate(self.bond_convs):
-            old_atom_AD, old_short_BD = atom_AD, bonds.short_BD
+        for t in range(N_BLOCKS - 1):
+            old_atom_AD, old_bonds = atom_AD, bonds
             atom_AD = self.atom_convs[t](atom_AD, bonds, atom_weight_UD, batch)
             # the paper's Eq. 11 feeds bonds and angles from the previous block, Eq. 10 from this one
             parallel = self.config.interaction == "parallel"
             source_AD = old_atom_AD if parallel else atom_AD
-            short_BD = bonds.short_BD + bond_conv(source_AD, old_short_BD, angle_TD, bond_weight_BD, batch)
-            shift_1D = bonds.long_shift_1D
-            if bond_conv.out.bias is not None:
-                short_BD = short_BD + has_angle_U1[:n_short] * bond_conv.out.bias
-                shift_1D = shift_1D + bond_conv.out.bias
-            bonds = bonds._replace(short_BD=short_BD, long_shift_1D=shift_1D)
+            bonds = self.bond_convs[t](source_AD, bonds, angle_TD, bond_weight_BD, batch)
             if t < len(self.angle_updates):
-                source_BD = old_short_BD if parallel else short_BD
+                source_BD = (old_bonds if parallel else bonds).short_BD
                 angle_TD = self.angle_updates[t](source_AD, source_BD, angle_TD, batch)
         magmoms = self.magmom(atom_AD)[:, 0].abs()
         atom_AD = self.atom_convs[-1](atom_AD, bonds, atom_weight_UD, batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ def systems_from_atoms(structures: Sequence[Atoms | Structure]) -> Systems:
     )
 
 
-def _arrays(structure: Atoms | Structure, index: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+def _arrays(structure: Any, index: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """Atomic numbers, positions, cell and periodicity of one structure."""
     if hasattr(structure, "get_atomic_numbers"):
         return structure.numbers, structure.positions, structure.cell.array, structure.pbc
