@@ -48,13 +48,15 @@ distclean: clean ## remove .venv as well
 
 # One stamp for each set of extras. torch goes first: whatever comes later must accept the tested one.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV), minutes the first time"
 	@$(PIP) install --quiet --constraint constraints.txt torch || { \
-	  echo "error: no $$(grep '^torch==' constraints.txt) for $$($(BIN)/python -V) here; see docs/install.md" >&2; exit 1; }
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[$*]"
+	  echo "error: cannot install $$(grep '^torch==' constraints.txt) for $$($(BIN)/python -V); see docs/install.md" >&2; \
+	  exit 1; }
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[$*]"
 	@touch $@
 
 $(BIN)/python:
-	@for python in $${PYTHON:-$(PYTHON)} python3.11 python3.12 python3.13 python3; do \
+	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
 	  if "$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    echo "Setting up $(VENV) with $$("$$python" -V)"; exec "$$python" -m venv $(VENV); \
 	  fi; \
