@@ -1,0 +1,116 @@
+"""Huber losses on energy per atom, forces, stress and magnetic moments, where labels are present.
+
+For every target, d is prediction minus label in the unit of the loss:
+
+    energy   eV/atom, one per crystal        forces   eV/A, three per atom
+    stress   GPa, nine per crystal           magmoms  mu_B, | |m_predicted| - |m_label| |, one per atom
+
+    h(d)  = d^2 / 2 where |d| < delta, else delta (|d| - delta / 2)
+    L     = sum over targets of  weight * (sum of h over the labels present) / (number of them)
+
+`tally` sums, `total_loss` divides: whoever holds a part of a batch can add up the counts in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastchgnet.graph import Batch, Labels, Output
+from fastchgnet.units import GPA
+
+TARGETS = ("energy", "forces", "stress", "magmoms")
+"""The order of every tensor of four below."""
+
+REPORT_UNITS = {
+    "energy_mev_per_atom": 1000.0,
+    "forces_mev_per_angstrom": 1000.0,
+    "stress_gpa": 1.0,
+    "magmoms_mmub": 1000.0,
+}
+"""Reported name of each target, in the order of TARGETS, and its factor from the unit of the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Sums over the labels present, one entry per target, on the device of the predictions."""
+
+    huber: Tensor  # [4] float64, the only one with a gradient
+    absolute: Tensor  # [4] float64, in the unit of the loss
+    count: Tensor  # [4] int64
+
+    def __add__(self, other: Tally) -> Tally:
+        """Join the sums of two sets of crystals."""
+        return Tally(self.huber + other.huber, self.absolute + other.absolute, self.count + other.count)
+
+    def detach(self) -> Tally:
+        """Forget how the sums were computed."""
+        return Tally(self.huber.detach(), self.absolute, self.count)
+
+    def report(self) -> dict[str, float | None]:
+        """Compute the mean absolute errors under the names of REPORT_UNITS; None without any label."""
+        errors = (self.absolute / self.count).tolist()
+        return {
+            name: error * factor if n_labels else None
+            for (name, factor), error, n_labels in zip(
+                REPORT_UNITS.items(), errors, self.count.tolist(), strict=True
+            )
+        }
+
+
+def empty_tally(device: torch.device | str = "cpu") -> Tally:
+    """Return the tally of no crystals."""
+    zeros = torch.zeros(len(TARGETS), dtype=torch.float64, device=device)
+    return Tally(zeros, zeros, zeros.long())
+
+
+def tally(output: Output, labels: Labels, batch: Batch, delta: float = 0.1) -> Tally:
+    """Sum Huber losses and absolute errors over the labels present, without waiting for the device.
+
+    A label is missing where it is NaN, and the stress also where a crystal is not periodic in three
+    directions and so has none. A prediction that is NaN although its label is present makes the sum NaN.
+
+    Args:
+        output: predictions for S crystals with A atoms.
+        labels: labels of the same crystals.
+        batch: the graphs the predictions belong to.
+        delta: error from which the loss grows linearly, in the unit of each target.
+    """
+    has_stress = torch.isfinite(batch.volume)[:, None, None]
+    pairs = (
+        (output.energy / batch.n_atoms, labels.energy / batch.n_atoms, None),
+        (output.forces, labels.forces, None),
+        (output.stress / GPA, labels.stress / GPA, has_stress),
+        (output.magmoms.abs(), labels.magmoms.abs(), None),
+    )
+    sums = [_sums(predicted, label, possible, delta) for predicted, label, possible in pairs]
+    return Tally(*(torch.stack(column) for column in zip(*sums, strict=True)))
+
+
+def total_loss(huber: Tensor, count: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """Weigh the mean Huber loss of each target; a target without labels adds exactly zero.
+
+    Args:
+        huber: [4] sums of this part of the batch.
+        count: [4] labels of the whole batch.
+        weights: one per target, in the order of TARGETS.
+    """
+    scale = torch.as_tensor(weights, dtype=huber.dtype, device=huber.device)
+    return (scale * huber / count.clamp(min=1)).sum()
+
+
+def _sums(
+    predicted: Tensor, label: Tensor, possible: Tensor | None, delta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    present = ~torch.isnan(label)
+    if possible is not None:
+        present = present & possible
+    difference = predicted.double() - label.double()
+    # Selecting before the loss keeps NaN out of the backward pass too, where 0 * NaN would be NaN.
+    difference = torch.where(present, difference, 0.0)
+    huber = torch.nn.functional.huber_loss(
+        difference, torch.zeros_like(difference), reduction="sum", delta=delta
+    )
+    return huber, difference.detach().abs().sum(), present.sum()
