@@ -86,7 +86,7 @@ def load_potential(path: str | Path) -> Potential:
     flaw = _mismatch(tensors, potential.state_dict()) or _not_finite(tensors)
     if flaw:
         raise InputError(f"{path}: {flaw}")
-    potential.model.to(next(tensors[f"model.{name}"].dtype for name, _ in potential.model.named_parameters()))
+    potential.to(next(tensors[name].dtype for name, _ in potential.named_parameters()))
     potential.load_state_dict(tensors)
     return potential.eval()
 
