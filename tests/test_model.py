@@ -1,0 +1,79 @@
+"""Parameter counts and the formulas of the bases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from crystals import CONSERVATIVE, PAPER, potential
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis, envelope
+from fastchgnet.config import ModelConfig
+
+D = 64
+
+
+def dead_angle_update(shared_layer_norm: bool) -> int:
+    """Parameters of the third angle update, which published models hold and never use."""
+    return 2 * (4 * D * D + D) + (1 if shared_layer_norm else 2) * 2 * D
+
+
+@pytest.mark.parametrize(
+    ("config", "live", "published"),
+    [
+        (CONSERVATIVE, 379_373, 412_525),  # CHGNet 0.3.0
+        (ModelConfig(shared_layer_norm=True), 378_221, 411_245),  # the paper's "w/o head"
+        (PAPER, 396_022, 429_046),  # the paper's "F/S head"
+    ],
+)
+def test_parameter_counts(config: ModelConfig, live: int, published: int) -> None:
+    count = potential(config).n_parameters()
+    assert count == live
+    assert count + dead_angle_update(config.shared_layer_norm) == published
+
+
+@pytest.mark.parametrize("p", [5, 8])
+def test_envelope_is_the_polynomial(p: int) -> None:
+    xi = torch.linspace(0, 1.2, 500, dtype=torch.float64)
+    polynomial = (
+        1 - (p + 1) * (p + 2) / 2 * xi**p + p * (p + 2) * xi ** (p + 1) - p * (p + 1) / 2 * xi ** (p + 2)
+    )
+    polynomial[xi > 1] = 0
+    torch.testing.assert_close(envelope(xi, p), polynomial, rtol=0, atol=1e-12)
+
+
+def test_envelope_is_accurate_in_single_precision() -> None:
+    xi = torch.linspace(0, 1, 2000, dtype=torch.float64)
+    error = (envelope(xi.float(), 8).double() - envelope(xi.float().double(), 8)).abs().max()
+    assert error < 1e-6
+
+
+def test_fourier_and_chebyshev_bases_are_series_in_the_angle() -> None:
+    theta = torch.linspace(0.01, 3.13, 50, dtype=torch.float64)
+    orders = torch.arange(31, dtype=torch.float64)
+    cosines = torch.cos(theta[:, None] * orders)
+    chebyshev = ChebyshevBasis(31)(theta.cos()) * math.sqrt(math.pi)
+    torch.testing.assert_close(chebyshev[:, 1:], cosines[:, 1:], rtol=0, atol=1e-12)
+    fourier = FourierBasis(31).double()(theta.cos()) * math.sqrt(math.pi)
+    # the factor 1 - 1e-6 inside acos moves the angle by 1e-6 cot(theta), at most 1e-4 here
+    torch.testing.assert_close(fourier[:, 16:], cosines[:, 1:16], rtol=0, atol=16 * 1.1e-4)
+    assert (fourier[:, 0] == 1 / math.sqrt(2)).all()
+    assert ChebyshevBasis(31)(theta[:0]).shape == (0, 31)
+
+
+@pytest.mark.parametrize("basis", [RadialBasis(5, 3.0, 8), FourierBasis(7), ChebyshevBasis(6)])
+def test_bases_are_twice_differentiable(basis: torch.nn.Module) -> None:
+    basis = basis.double()
+    x = torch.tensor([-0.9, -0.2, 0.3, 0.95], dtype=torch.float64)
+    x = (x[:, None] + 1.5 if isinstance(basis, RadialBasis) else x).requires_grad_()
+    assert gradcheck(basis, (x,))
+    assert gradgradcheck(basis, (x,))
+
+
+def test_reference_energies_stay_double() -> None:
+    model = potential(CONSERVATIVE)
+    exact = model.references.clone()
+    assert torch.equal(model.float().double().references, exact)
+    assert model.float().dtype == torch.float32
