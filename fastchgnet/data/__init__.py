@@ -1,0 +1,1 @@
+"""Files of labelled crystals in, a memory-mapped store of them out."""

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import gcd
 
 import numpy as np
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
+from vesin import NeighborList
 
 from fastchgnet.errors import InputError
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 MIN_DISTANCE = 0.3
 """Atoms closer than this, A, are a broken file and not a crystal."""
+
+MIN_VOLUME_RATIO = 1e-4
+"""Smallest volume of the periodic cell, relative to the product of its edges, that is not flat.
+
+A flatter three-dimensional cell of ordinary edges has a lattice vector shorter than MIN_DISTANCE.
+"""
+
+MAX_ASYMMETRY = 0.01
+"""Largest |stress - stress^T| relative to max |stress|; files round each component on its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +36,7 @@ class Frame:
     positions: NDArray[np.float64]  # [n, 3] A
     cell: NDArray[np.float64]  # [3, 3] rows are the lattice vectors, A
     pbc: NDArray[np.bool_]  # [3]
-    source: str  # "file:index" or the data set's own id; names the frame in every message
+    source: str  # "file:frame"; names the frame in every message
     group: str  # the material; splits never cut through one
     config_type: str = "default"
     energy: float = field(default=float("nan"))  # total, eV
@@ -32,17 +46,17 @@ class Frame:
 
     def check(self) -> None:
         """Raise InputError, naming the frame and the reason, where no crystal can look like this."""
-        reason = self._flaw()
+        reason = self._malformed() or self._unphysical()
         if reason:
             raise InputError(f"{self.source}: {reason}")
 
-    def _flaw(self) -> str | None:
+    def _malformed(self) -> str | None:
         n = len(self.numbers)
         if n == 0:
             return "no atoms"
-        if self.numbers.min() < 1 or self.numbers.max() > MAX_ATOMIC_NUMBER:
-            bad = self.numbers[(self.numbers < 1) | (self.numbers > MAX_ATOMIC_NUMBER)][0]
-            return f"unknown element Z = {bad}; known are 1 to {MAX_ATOMIC_NUMBER}"
+        unknown = self.numbers[(self.numbers < 1) | (self.numbers > MAX_ATOMIC_NUMBER)]
+        if len(unknown):
+            return f"unknown element Z = {unknown[0]}; known are 1 to {MAX_ATOMIC_NUMBER}"
         for name, value, shape in (
             ("positions", self.positions, (n, 3)),
             ("cell", self.cell, (3, 3)),
@@ -59,3 +73,73 @@ class Frame:
         if np.isinf(self.energy):
             return "energy is infinite"
         return None
+
+    def _unphysical(self) -> str | None:
+        if _flat(self.cell[self.pbc]):
+            return "the cell has no volume although it is periodic"
+        i, j, distance = _closest(self.positions, self.cell, self.pbc)
+        if distance < MIN_DISTANCE:
+            return f"atoms {i} and {j} overlap: {distance:.3f} A apart, the least is {MIN_DISTANCE} A"
+        if self.stress is None:
+            return None
+        if np.abs(self.stress - self.stress.T).max() > MAX_ASYMMETRY * np.abs(self.stress).max():
+            return "the stress is not symmetric"
+        return None
+
+
+def reduced_formula(numbers: Iterable[int]) -> str:
+    """Write a composition with the smallest whole numbers, elements in alphabetical order."""
+    counts = Counter(chemical_symbols[number] for number in numbers)
+    divisor = gcd(*counts.values())
+    return "".join(
+        symbol + (str(count // divisor) if count > divisor else "")
+        for symbol, count in sorted(counts.items())
+    )
+
+
+def periodic_box(cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Replace the vectors of axes without periodicity by unit vectors orthogonal to the periodic ones.
+
+    Files may leave those vectors zero or dependent; with these the box [3, 3] can always be inverted.
+    """
+    if pbc.all():
+        return cell
+    box = np.array(cell)
+    n_periodic = int(pbc.sum())
+    box[~pbc] = np.linalg.svd(cell[pbc])[2][n_periodic:] if n_periodic else np.eye(3)
+    return box
+
+
+def _flat(vectors: NDArray[np.float64]) -> bool:
+    """Tell whether the lattice vectors [k, 3] span no volume (area, length)."""
+    lengths = np.linalg.norm(vectors, axis=1)
+    if (lengths < MIN_DISTANCE).any():
+        return True
+    unit = vectors / lengths[:, None]
+    return bool(np.linalg.det(unit @ unit.T) < MIN_VOLUME_RATIO**2)
+
+
+def _closest(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
+) -> tuple[int, int, float]:
+    """Find two atoms less than MIN_DISTANCE apart, images included; (0, 0, inf) where there are none."""
+    box = periodic_box(cell, pbc)
+    inverse = np.linalg.inv(box)
+    heights = 1 / np.linalg.norm(inverse, axis=0)
+    n = len(positions)
+    # The nearest image in fractional coordinates is the nearest in space for pairs this close as long
+    # as they are closer than half of each height; a neighbour list is slower, but knows no such limit.
+    if n > 256 or (heights[pbc] < 2.1 * MIN_DISTANCE).any():
+        # vesin's cells have the size of the cutoff: a cutoff of MIN_DISTANCE would make millions.
+        neighbors = NeighborList(cutoff=2.0, full_list=False)
+        centers, others, distances = neighbors.compute(positions, box, pbc, "ijd")
+    else:
+        centers, others = np.triu_indices(n, k=1)
+        fractions = positions @ inverse
+        apart = fractions[others] - fractions[centers]
+        apart[:, pbc] -= np.round(apart[:, pbc])
+        distances = np.linalg.norm(apart @ box, axis=1)
+    if len(distances) == 0 or distances.min() >= MIN_DISTANCE:
+        return 0, 0, float("inf")
+    nearest = int(distances.argmin())
+    return int(centers[nearest]), int(others[nearest]), float(distances[nearest])
