@@ -166,9 +166,29 @@ def fetch_published(name: str) -> Path:
         with _pretrained_folder() as folder:
             # One wheel holds them all; a second name must not cost a second download.
             for other in PUBLISHED:
-                if not _is_cached(other):
+                if other == name or not _is_cached(other):
                     save_potential(read_published(PUBLISHED[other], folder), cache_path(other))
     return cache_path(name)
+
+
+def describe(name: str) -> dict[str, str | int]:
+    """Fetch a published checkpoint and say what it is: name, parameters, functional, correction, path.
+
+    Parameters and reference energies are counted as in publications, without the layer that never reaches
+    an output.
+
+    Raises:
+        InputError: as `fetch_published`.
+    """
+    path = fetch_published(name)
+    potential = load_potential(path)
+    return {
+        "name": name,
+        "parameters": potential.n_parameters(),
+        "functional": potential.provenance.functional,
+        "correction": potential.provenance.energy_correction,
+        "path": str(path),
+    }
 
 
 def cache_path(name: str) -> Path:
