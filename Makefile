@@ -17,7 +17,8 @@ help: ## list the targets
 
 train: $(VENV)/installed-plot ## train and evaluate on the example set; report and plots in runs/example
 	rm -rf $(EXAMPLE)
-	$(BIN)/fastchgnet prepare examples/prototypes.xyz --out $(EXAMPLE)/store
+	$(BIN)/fastchgnet prepare examples/prototypes.xyz --out $(EXAMPLE)/store \
+	  --functional "chgnet-0.3.0, not DFT" --energy-correction MP2020
 	$(BIN)/fastchgnet train examples/example.yaml
 	$(BIN)/fastchgnet evaluate $(EXAMPLE)/model/best.safetensors $(EXAMPLE)/store --split test --out $(EXAMPLE)/report
 	@echo "The report and its plots are in $(EXAMPLE)/report. The labels are predictions of chgnet-0.3.0, not DFT."
