@@ -21,7 +21,7 @@ train: $(VENV)/installed-plot ## train and evaluate on the example set; report a
 	  --functional "chgnet-0.3.0, not DFT" --energy-correction MP2020
 	$(BIN)/fastchgnet train examples/example.yaml
 	$(BIN)/fastchgnet evaluate $(EXAMPLE)/model/best.safetensors $(EXAMPLE)/store --split test --out $(EXAMPLE)/report
-	@echo "The report and its plots are in $(EXAMPLE)/report. The labels are predictions of chgnet-0.3.0, not DFT."
+	@echo "Report: $(EXAMPLE)/report/report.html. The labels are predictions of chgnet-0.3.0, not DFT."
 
 test: lint ## lint, types and tests
 	$(BIN)/pytest

@@ -10,6 +10,8 @@ from ase import Atoms
 from ase.io import read
 from ase.neighborlist import neighbor_list
 
+from fastchgnet.config import load_run_config
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 EXAMPLE_SET = EXAMPLES / "prototypes.xyz"
 
@@ -76,3 +78,7 @@ def test_script_makes_the_geometries_of_the_set(frames):
         np.testing.assert_allclose(made[index].positions, frames[index].positions, rtol=0, atol=1e-7)
         np.testing.assert_allclose(made[index].cell.array, frames[index].cell.array, rtol=0, atol=1e-7)
         assert made[index].info["group"] == frames[index].info["group"]
+
+
+def test_configuration_is_valid():
+    assert load_run_config(EXAMPLES / "example.yaml").model.readout == "conservative"
