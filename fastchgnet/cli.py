@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +18,166 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.command(epilog="Example: fastchgnet train examples/example.yaml --set optim.learning_rate=1e-3")
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; docs/training.md explains its keys.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value; repeatable")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in its folder, if it holds one.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+) -> None:
+    """Train a potential; Ctrl-C stops between two steps, and --resume continues there."""
+    from fastchgnet.train.progress import train_in_terminal
+
+    summary = train_in_terminal(config, overrides or [], resume)
+    if as_json:
+        print(json.dumps(summary.as_dict(), indent=2))
+    if not summary.finished:
+        raise typer.Exit(130)
+
+
+Model = Annotated[str, typer.Option(help="Name of a published model, or a .safetensors file.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")]
+Precision = Annotated[Literal["float32", "float64"], typer.Option(help="Precision of the network.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Frames in a batch; large ones come fewer at a time.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command(epilog="Example: fastchgnet weights chgnet-0.3.0")
+def weights(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="chgnet-0.2.0, chgnet-0.3.0, chgnet-r2scan; default: all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch published CHGNet weights into the cache, and say what they are and where."""
+    from fastchgnet.published import PUBLISHED, describe
+
+    rows = [describe(name) for name in names or PUBLISHED]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    # Not a rich table, which would cut the paths to the width of the terminal.
+    for line in (rows[0], *(row.values() for row in rows)):
+        print("{:<15}{:>12}   {:<13}{:<13}{}".format(*line))
+
+
+@app.command(epilog="Example: fastchgnet predict POSCAR trajectory.xyz --out predictions.extxyz")
+def predict(
+    files: Annotated[list[Path], typer.Argument(help="CIF, POSCAR, xyz, pymatgen JSON, ...; all frames.")],
+    model: Model = "chgnet-0.3.0",
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Also write this .json or .extxyz file.")] = None,
+    device: Device = "auto",
+    dtype: Precision = "float32",
+    batch_size: BatchSize = 64,
+) -> None:
+    """Predict energies, forces, stresses and magnetic moments of the crystals in files."""
+    from fastchgnet.prediction import check_output, predict_crystals, read_crystals
+    from fastchgnet.published import load
+    from fastchgnet.report import progress_bar, show_predictions
+
+    check_output(out)
+    crystals, errors = read_crystals(files)
+    if crystals:
+        with progress_bar("predict", len(crystals)) as progress:
+            done, failed = predict_crystals(load(model, device, dtype), crystals, batch_size, progress)
+        errors += failed
+        show_predictions(done, out, as_json)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if errors:
+        raise typer.Exit(1 if crystals and done else 2)
+
+
+@app.command(epilog="Example: fastchgnet evaluate runs/first/best.safetensors STORE --out report")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Name of a published model, or a .safetensors file.")],
+    store: Annotated[Path, typer.Argument(help="Folder from `fastchgnet prepare`.")],
+    split: Annotated[Literal["train", "val", "test", "all"], typer.Option(help="Which frames.")] = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split, as in training.")] = 0,
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics, plots and a report.")] = None,
+    device: Device = "auto",
+    dtype: Precision = "float32",
+    batch_size: BatchSize = 64,
+) -> None:
+    """Compare a model with the labels of a store: errors, R², parity plots, a report."""
+    from fastchgnet.data.store import Store
+    from fastchgnet.evaluate import evaluate
+    from fastchgnet.published import load
+    from fastchgnet.report import progress_bar, show_evaluation
+
+    potential, data = load(model, device, dtype), Store(store)
+    indices = data.split(split, seed)
+    with progress_bar("evaluate", len(indices)) as progress:
+        evaluation = evaluate(potential, data, indices, batch_size, progress)
+    about = {"file": model, "store": str(store), "split": split, "seed": str(seed)}
+    show_evaluation(evaluation, about, out, as_json)
+
+
+@app.command(
+    epilog="Example: fastchgnet prepare train.xyz --out runs/train --functional PBE --energy-correction none"
+)
+def prepare(
+    files: Annotated[list[Path], typer.Argument(help="Files of labelled crystals, or folders of .xyz.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new store; resumes an unfinished one.")],
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Skip and list bad frames (status 1) instead of refusing.")
+    ] = False,
+    functional: Annotated[str, typer.Option(help="Functional of the labels, such as PBE/PBE+U.")] = "unknown",
+    energy_correction: Annotated[str, typer.Option(help="none, MP2020, ...")] = "unknown",
+    read_format: Annotated[
+        str | None, typer.Option("--format", help="extxyz, vasp, ase, pymatgen or mptrj.")
+    ] = None,
+    energy_key: Annotated[str | None, typer.Option(help="Key of the total energy, as REF_energy.")] = None,
+    forces_key: Annotated[str | None, typer.Option(help="Key of the forces.")] = None,
+    stress_key: Annotated[str | None, typer.Option(help="Key of the stress.")] = None,
+    magmoms_key: Annotated[str | None, typer.Option(help="Key of the magnetic moments.")] = None,
+    stress_unit: Annotated[str | None, typer.Option(help="eV/A^3, GPa or kbar.")] = None,
+    stress_sign: Annotated[
+        str | None, typer.Option(help="What positive means: tension or compression.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+) -> None:
+    """Read files of labelled crystals into a store, checking every frame."""
+    from fastchgnet.config import Provenance
+    from fastchgnet.data.formats import ReadOptions
+    from fastchgnet.data.terminal import prepare_in_terminal
+
+    keys = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}
+    stress = {"stress_unit": stress_unit, "stress_sign": stress_sign, "magmoms_key": magmoms_key}
+    options = ReadOptions.of_user(format=read_format, **keys, **stress)
+    provenance = Provenance(name=out.name, functional=functional, energy_correction=energy_correction)
+    prepared = prepare_in_terminal(files, out, options, provenance, skip_bad)
+    if as_json:
+        print(prepared.model_dump_json(indent=2))
+    if prepared.skipped:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: fastchgnet inspect runs/train --png sizes.png")
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Folder written by prepare.")],
+    png: Annotated[Path | None, typer.Option(help="Draw atoms, bonds and angles per frame here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what is in a store: counts, elements, labels, sizes."""
+    from rich import print as show
+
+    from fastchgnet.data import report
+    from fastchgnet.data.store import Store
+
+    opened = Store(store)
+    if png:
+        report.plot(opened, png)
+    found = report.inspect(opened)
+    print(found.model_dump_json(indent=2)) if as_json else show(report.render(found))
 
 
 def main() -> None:

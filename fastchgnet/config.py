@@ -199,10 +199,10 @@ def _override(values: dict[str, object], override: str) -> None:
     *sections, key = name.split(".")
     if not (equals and key):
         raise InputError(f"--set {override}: expected section.key=value, such as optim.learning_rate=1e-3")
-    for section in sections:
+    for depth, section in enumerate(sections, start=1):
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise InputError(f"--set {override}: {section} is not a section")
+            raise InputError(f"--set {override}: {'.'.join(sections[:depth])} is not a section")
         values = inner
     try:
         values[key] = yaml.load(text, _UniqueKeys)

@@ -63,7 +63,7 @@ class Tally:
 def empty_tally(device: torch.device | str = "cpu") -> Tally:
     """Return the tally of no crystals."""
     zeros = torch.zeros(len(TARGETS), dtype=torch.float64, device=device)
-    return Tally(zeros, zeros, zeros.long())
+    return Tally(zeros, zeros.clone(), zeros.long())
 
 
 def tally(output: Output, labels: Labels, batch: Batch, delta: float = 0.1) -> Tally:

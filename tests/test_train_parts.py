@@ -1,0 +1,213 @@
+"""What the training loop is made of: configuration, batches, schedule, averages, saved states."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from fastchgnet.config import Config, OptimConfig, RunConfig, load_run_config
+from fastchgnet.errors import InputError
+from fastchgnet.train.batches import epoch_batches, prefetch
+from fastchgnet.train.checkpoint import Progress, load_state, save_state
+from fastchgnet.train.log import RunLog, read_metrics
+from fastchgnet.train.optim import clip_gradients, learning_rate, update_average
+
+MINIMAL = {"data": {"train": "store"}, "train": {"out": "run"}}
+
+
+def write_yaml(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+# configuration
+
+
+def test_relative_paths_are_from_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_yaml(tmp_path, yaml.safe_dump(MINIMAL))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert load_run_config(path).data.train == elsewhere / "store"
+
+
+def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(MINIMAL | {"loss": {"preset": "chgnet"}})
+    path = write_yaml(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_run_config(path) == config
+
+
+def test_overrides_are_yaml_and_make_sections(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, yaml.safe_dump(MINIMAL))
+    overrides = ["optim.learning_rate=1e-4", "optim.clip_norm=null", "model.readout_hidden=[8, 8]"]
+    config = load_run_config(path, overrides)
+    assert config.optim.learning_rate == 1e-4 and config.optim.clip_norm is None
+    assert config.model.readout_hidden == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("optim: {lr: 1}\ndata: {train: a}\ntrain: {out: b}", [], "unknown key optim.lr"),
+        ("data: {train: a}\ntrain: {epochs: 3}", [], "missing key train.out"),
+        ("data: {train: a}\ntrain: {out: b, epochs: 0}", [], "train.epochs: Input should be greater than 0"),
+        ("data: {train: a}\ntrain: {out: b, out: c}", [], "'out' twice"),
+        ("data: [", [], "not YAML"),
+        ("just text", [], "expected sections"),
+        ("data: {train: a}\ntrain: {out: b}", ["optim.lr=1"], "unknown key optim.lr"),
+        ("data: {train: a}\ntrain: {out: b}", ["optim"], "expected section.key=value"),
+        ("data: {train: a}\ntrain: {out: b}", ["data.train.x=1"], "data.train is not a section"),
+        ("data: {train: a}\ntrain: {out: b}", ["optim.ema_decay=["], "not YAML"),
+        ("data: {train: a}\ntrain: {out: b, references: keep}", [], "references: keep needs init"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    tmp_path: Path, text: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load_run_config(write_yaml(tmp_path, text), overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
+        load_run_config(tmp_path / "none.yaml")
+
+
+def test_the_documentation_explains_every_key() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    for section, field in RunConfig.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+        for key, inner in field.annotation.model_fields.items():
+            assert f"| `{section}.{key}` |" in text and str(inner.description) in text
+
+
+# batches
+
+
+def test_every_frame_comes_once_in_an_order_of_seed_and_epoch() -> None:
+    batches = epoch_batches(23, 5, seed=1, epoch=2)
+    assert sorted(map(len, batches)) == [4, 4, 5, 5, 5]
+    assert sorted(np.concatenate(batches)) == list(range(23))
+    orders = [tuple(np.concatenate(epoch_batches(23, 5, s, e))) for s, e in ((1, 2), (1, 3), (2, 2))]
+    assert orders[0] == tuple(np.concatenate(batches)) and len(set(orders)) == 3
+
+
+def test_prefetch_keeps_the_order_and_stays_two_ahead() -> None:
+    asked: list[int] = []
+    items = prefetch(lambda n: n * n, (asked.append(n) or n for n in itertools.count()))
+    assert [next(items) for _ in range(5)] == [0, 1, 4, 9, 16]
+    assert asked == list(range(7))
+    items.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_prefetch_raises_in_turn() -> None:
+    items = prefetch(lambda n: 6 // n, [3, 2, 0, 1])
+    assert [next(items), next(items)] == [2, 3]
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+
+
+# schedule, averages, clipping
+
+
+def test_learning_rate_warms_up_and_anneals() -> None:
+    config = OptimConfig(learning_rate=2.0, final_fraction=0.1)
+    rates = [learning_rate(step, 14, 3, config) for step in range(14)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[-1] == pytest.approx(0.2)
+    # Half a cosine from step 3 to step 13: its middle is at step 8.
+    assert rates[8] == pytest.approx(1.1)
+    assert rates[4] == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi / 10)) / 2)
+    assert [learning_rate(s, 1, 0, config) for s in (0,)] == [2.0]
+
+
+def test_average_follows_its_formula() -> None:
+    torch.manual_seed(0)
+    current, average = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    expected = average.weight.detach().clone()
+    for step, keep in enumerate((0.1, 2 / 11, 0.2, 0.2)):
+        nn.init.normal_(current.weight)
+        update_average(average, current, decay=0.2, step=step)
+        expected = keep * expected + (1 - keep) * current.weight.detach()
+        torch.testing.assert_close(average.weight.detach(), expected)
+    update_average(average, current, decay=0.0, step=9)
+    assert torch.equal(average.weight, current.weight)
+
+
+def test_clipping_reports_the_norm_it_found() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients([parameter], None) == 5
+    assert parameter.grad.tolist() == [3, 4]
+    assert clip_gradients([parameter], 1.0) == 5
+    assert parameter.grad.norm() == pytest.approx(1, rel=1e-5)  # torch adds 1e-6 to the norm
+
+
+# saved states
+
+
+def save(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    tensors = {"a": torch.full((3,), float(step)), "scalar": torch.tensor(step)}
+    save_state(folder, tensors, Progress(step=step, best_loss=0.1 + step))
+    return tensors
+
+
+def test_states_keep_two_generations(tmp_path: Path) -> None:
+    assert load_state(tmp_path) is None
+    for step in (3, 12, 100):
+        saved = save(tmp_path, step)
+    loaded = load_state(tmp_path)
+    assert loaded is not None
+    tensors, progress = loaded
+    assert progress == Progress(step=100, best_loss=100.1)
+    assert all(torch.equal(tensors[name], saved[name]) for name in saved)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step-0000000012.safetensors",
+        "step-0000000100.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    newest = tmp_path / "step-0000000002.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes({"truncated": content[:-5], "flipped": content, "empty": b""}[damage])
+    loaded = load_state(tmp_path)
+    assert loaded is not None and loaded[1].step == 1
+    save(tmp_path, 2)
+    assert len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="every saved state is damaged"):
+        load_state(tmp_path)
+
+
+def test_metrics_after_the_state_are_forgotten(tmp_path: Path) -> None:
+    with RunLog(tmp_path, epoch=0) as log:
+        for epoch in (1, 2, 3):
+            log.append({"epoch": epoch, "val": {"loss": 0.5, "magmoms_mmub": None}})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "val')  # killed while writing
+    with RunLog(tmp_path, epoch=2) as log:
+        log.append({"epoch": 3, "val": {"loss": 0.25, "magmoms_mmub": None}})
+    assert [(row["epoch"], row["val"]["loss"]) for row in read_metrics(tmp_path)] == [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.25),
+    ]
