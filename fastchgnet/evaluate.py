@@ -19,7 +19,7 @@ from fastchgnet.data.store import Store
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Labels, Output, Systems
 from fastchgnet.potential import Potential
-from fastchgnet.predict import pack, run
+from fastchgnet.prediction import pack, predict_batch
 from fastchgnet.references import References, fit_references
 from fastchgnet.units import GPA
 
@@ -137,7 +137,7 @@ def evaluate(
     energies = np.empty(len(indices))
     for batch in batches:
         systems, labels = store.gather(indices[batch])
-        output = run(potential, systems)
+        output = predict_batch(potential, systems)
         energies[batch] = output.energy.numpy()
         pairs = compare(systems, labels, output)
         _refuse_not_finite(pairs, store, indices[batch])

@@ -144,12 +144,13 @@ def _draw_parity(axes: Axes, panel: Parity) -> None:
         linewidths=0.1,
         zorder=2,
     )
+    axes.locator_params(nbins=7)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
     corner = axes.text(0.04, 0.96, _typeset(panel.note), transform=axes.transAxes, va="top", bbox=box)
     corner.set(fontsize=9, color=INK, linespacing=1.4, zorder=4)
-    bins.set_clim(1, max(10, bins.get_array().max()))
+    bins.set_clim(1, max(10, np.asarray(bins.get_array()).max()))
     scale = axes.figure.colorbar(bins, ax=axes, shrink=0.8, pad=0.02)
     scale.ax.tick_params(labelsize=8, colors=INK)
     scale.ax.minorticks_off()

@@ -27,7 +27,7 @@ from fastchgnet.plots import (
     parity_figure,
     png,
 )
-from fastchgnet.predict import FilePrediction, to_json, write_predictions
+from fastchgnet.prediction import FilePrediction, to_json, write_predictions
 from fastchgnet.train.log import read_metrics
 from fastchgnet.units import GPA
 from fastchgnet.weights import write_atomically
@@ -169,8 +169,9 @@ def notes(evaluation: Evaluation) -> list[str]:
     ]
     if evaluation.shift is not None:
         sentences.append(
-            "Energies of model and labels do not mean the same, or it is not known. 'Energy, shifted' is "
-            f"after adding one energy per element, {evaluation.n_shifted_elements} in all, fitted by least "
+            "The functional or the correction differs or is unknown, so that energies cannot be compared as "
+            "they are: 'Energy, shifted' is after adding one energy per element to the predictions, "
+            f"{evaluation.n_shifted_elements} in all, fitted by least "
             f"squares on the {n_energies} evaluated frames with an energy."
         )
         if n_energies < FEW_FRAMES * evaluation.n_shifted_elements:

@@ -100,7 +100,7 @@ def predict_systems(
         sizes = graph_sizes(chunk, potential.config.atom_cutoff, potential.config.bond_cutoff)
         for batch in pack(sizes, batch_size):
             selected = _select(chunk, batch)
-            yield from _predictions(potential, selected, run(potential, selected))
+            yield from _predictions(potential, selected, predict_batch(potential, selected))
             progress(selected.n_systems)
 
 
@@ -257,7 +257,7 @@ def pack(sizes: NDArray[np.int64], batch_size: int) -> list[slice]:
     return [*batches, slice(start, len(sizes))] if len(sizes) else []
 
 
-def run(potential: Potential, systems: Systems) -> Output:
+def predict_batch(potential: Potential, systems: Systems) -> Output:
     """Predict one batch that fits in memory, and bring the result to the host."""
     with torch.no_grad():
         output = potential(potential.build_graph(systems))
