@@ -119,8 +119,12 @@ class Meter:
 
     def open(self, path: Path) -> IO[bytes]:
         """Open a file, unpacking .gz on the way, and count from it."""
-        self.file = path.open("rb")
-        return gzip.GzipFile(fileobj=self.file) if path.suffix == ".gz" else self.file  # type: ignore[return-value]
+        if path.suffix != ".gz":
+            self.file = path.open("rb")
+            return self.file
+        unpacked = gzip.GzipFile(path, "rb")
+        self.file = unpacked.fileobj  # type: ignore[assignment]
+        return unpacked  # type: ignore[return-value]
 
     def finish(self, path: Path) -> None:
         """Count the whole of a finished file."""
@@ -188,12 +192,14 @@ def detect_format(path: Path) -> Format:
         return detect_json(path)
     if suffixes[-1:] in ([".xyz"], [".extxyz"]):
         return "extxyz"
-    from ase.io.formats import UnknownFileTypeError, filetype
+    from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
     try:
         name = filetype(str(path))
     except (UnknownFileTypeError, OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: unknown format: {one_line(error)}") from error
+    if name not in ioformats:
+        raise InputError(f"{path}: unknown format: ASE knows none called {name}")
     if name == "extxyz":
         return "extxyz"
     return "vasp" if name in ("vasp-xml", "vasp-out") else "ase"
@@ -247,12 +253,10 @@ def _scan_extxyz(path: Path, name: str, options: ReadOptions, meter: Meter) -> I
 
 def _scan_ase(path: Path, name: str, options: ReadOptions) -> Iterator[Frame | InputError]:
     """Read every frame of a file by ASE."""
-    from ase.io import iread
-
-    if reason := _vasp_truncated(path):
+    if options.format == "vasp" and (reason := _vasp_truncated(path)):
         yield InputError(f"{name}: {reason}")
     index = 0
-    frames = iread(str(path), index=":")
+    frames = _iterate_ase(path)
     while True:
         source = f"{name}:{index}"
         try:
@@ -269,18 +273,30 @@ def _scan_ase(path: Path, name: str, options: ReadOptions) -> Iterator[Frame | I
         yield InputError(f"{name}: no frame in this file")
 
 
+def _iterate_ase(path: Path) -> Iterator[Atoms]:
+    """Yield ASE's atoms, of a database with the keys beside them, which ase.io would drop."""
+    if path.suffix in (".db", ".json", ".aselmdb"):
+        from ase.db import connect
+
+        for row in connect(path).select():
+            yield row.toatoms(add_additional_information=True)
+    else:
+        from ase.io import iread
+
+        yield from iread(str(path), index=":", do_not_split_by_at_sign=True)
+
+
 def _vasp_truncated(path: Path) -> str | None:
-    """Tell whether a vasprun.xml lacks its end; ASE reads such a file without a word."""
-    if ".xml" not in path.suffixes:
-        return None
+    """Tell whether a run of VASP lacks its end; ASE drops what is incomplete without a word."""
+    end = b"</modeling>" if ".xml" in path.suffixes else b"General timing and accounting"
     tail = b""
     try:
         with Meter().open(path) as file:
             while block := file.read(1 << 20):
-                tail = (tail + block)[-200:]
+                tail = (tail + block)[-20_000:]
     except (OSError, EOFError, zlib.error) as error:
         return f"cannot be read: {one_line(error)}"
-    return None if b"</modeling>" in tail else "the file ends before </modeling>; truncated"
+    return None if end in tail else f"truncated: {end.decode()!r} is missing at its end"
 
 
 def _from_atoms(atoms: Atoms, source: str, options: ReadOptions) -> Frame:

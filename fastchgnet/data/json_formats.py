@@ -49,16 +49,16 @@ def scan_json(path: Path, name: str, options: ReadOptions, meter: Meter) -> Iter
     """Yield the frames of a JSON file, holding one material (MPtrj) or one object (pymatgen) at a time."""
     ijson = _ijson()
     scan = _scan_mptrj if options.format == "mptrj" else _scan_pymatgen
-    last = "the beginning"
+    last = name
     try:
         with meter.open(path) as file:
             for source, item in scan(file, name, options):
                 yield item
                 last = source
     except (ijson.JSONError, OSError, EOFError, zlib.error) as error:
-        yield InputError(f"{name}: cannot be read after {last}, truncated or not JSON: {one_line(error)}")
+        yield InputError(f"{last}: what follows cannot be read, truncated or not JSON: {one_line(error)}")
         return
-    if last == "the beginning":
+    if last == name:
         yield InputError(f"{name}: no frame in this file")
 
 
