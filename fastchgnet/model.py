@@ -212,7 +212,7 @@ class CHGNet(nn.Module):
         basis_UR = self.atom_basis(distance)
         atom_weight_UD = self.atom_weight(basis_UR)
         bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
-        angle_TD = self.angle_embedding(self.angle_basis(self._cosines(batch, bond_vector, distance)))
+        angle_TD = self.angle_embedding(self.angle_basis(*self._arms(batch, bond_vector, distance)))
         atom_AD = self.atom_embedding(batch.atomic_number - 1)
         bonds = BondFeatures(
             short_BD=self.bond_embedding(basis_UR[:n_short]),
@@ -236,12 +236,11 @@ class CHGNet(nn.Module):
         return Features(site_energy, magmoms, atom_AD, bonds)
 
     @staticmethod
-    def _cosines(batch: Batch, bond_vector: Tensor, distance: Tensor) -> Tensor:
-        """Cosine of every angle, [T]."""
+    def _arms(batch: Batch, bond_vector: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors along the two bonds of every angle, both from its centre or both to it, [T, 3]."""
         n_short = batch.n_short_bonds
         unit_B3 = bond_vector[:n_short] / distance[:n_short]
-        dot = (unit_B3[batch.angle_bond_i] * unit_B3[batch.angle_bond_j]).sum(1)
-        return batch.angle_sign * dot
+        return batch.angle_sign[:, None] * unit_B3[batch.angle_bond_i], unit_B3[batch.angle_bond_j]
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:
         """One where the bond's system has an angle, [U, 1]; only an output bias asks for it."""

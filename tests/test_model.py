@@ -50,26 +50,54 @@ def test_envelope_is_accurate_in_single_precision() -> None:
     assert error < 1e-6
 
 
+def arms(theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors at the angles theta, in no special direction."""
+    first, second, _ = torch.linalg.qr(
+        torch.tensor([[1.0, 2, 3], [2, 1, 5], [3, 1, 1]], dtype=torch.float64)
+    ).Q
+    j = theta.cos()[:, None] * first + theta.sin()[:, None] * second
+    return first.expand_as(j), j
+
+
 def test_fourier_and_chebyshev_bases_are_series_in_the_angle() -> None:
     theta = torch.linspace(0.01, 3.13, 50, dtype=torch.float64)
     orders = torch.arange(31, dtype=torch.float64)
     cosines = torch.cos(theta[:, None] * orders)
-    chebyshev = ChebyshevBasis(31)(theta.cos()) * math.sqrt(math.pi)
+    chebyshev = ChebyshevBasis(31)(*arms(theta)) * math.sqrt(math.pi)
     torch.testing.assert_close(chebyshev[:, 1:], cosines[:, 1:], rtol=0, atol=1e-12)
-    fourier = FourierBasis(31).double()(theta.cos()) * math.sqrt(math.pi)
+    fourier = FourierBasis(31).double()(*arms(theta)) * math.sqrt(math.pi)
     # the factor 1 - 1e-6 inside acos moves the angle by 1e-6 cot(theta), at most 1e-4 here
     torch.testing.assert_close(fourier[:, 16:], cosines[:, 1:16], rtol=0, atol=16 * 1.1e-4)
     assert (fourier[:, 0] == 1 / math.sqrt(2)).all()
-    assert ChebyshevBasis(31)(theta[:0]).shape == (0, 31)
+    assert ChebyshevBasis(31)(*arms(theta[:0])).shape == (0, 31)
 
 
 @pytest.mark.parametrize("basis", [RadialBasis(5, 3.0, 8), FourierBasis(7), ChebyshevBasis(6)])
 def test_bases_are_twice_differentiable(basis: torch.nn.Module) -> None:
     basis = basis.double()
-    x = torch.tensor([-0.9, -0.2, 0.3, 0.95], dtype=torch.float64)
-    x = (x[:, None] + 1.5 if isinstance(basis, RadialBasis) else x).requires_grad_()
-    assert gradcheck(basis, (x,))
-    assert gradgradcheck(basis, (x,))
+    x = torch.tensor([0.6, 1.3, 1.8, 2.45], dtype=torch.float64, requires_grad=True)
+
+    def expand(x: torch.Tensor) -> torch.Tensor:
+        return basis(x[:, None]) if isinstance(basis, RadialBasis) else basis(*arms(x))
+
+    assert gradcheck(expand, (x,))
+    assert gradgradcheck(expand, (x,))
+
+
+def test_fourier_basis_is_accurate_at_straight_angles() -> None:
+    """Where acos has lost its derivative in float32 by more than a tenth."""
+    basis = FourierBasis(7)
+    i, j = (
+        vector.float() for vector in arms(math.pi - torch.tensor([1e-4, 1e-3, 1e-2], dtype=torch.float64))
+    )
+
+    def derivative(i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        j = j.clone().requires_grad_()
+        unit = j / j.norm(dim=1, keepdim=True)
+        return torch.autograd.grad(basis.to(j.dtype)(i, unit).sum(), j)[0].double()
+
+    exact = derivative(i.double() / i.double().norm(dim=1, keepdim=True), j.double())
+    assert (derivative(i, j) - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_reference_energies_stay_double() -> None:
