@@ -76,6 +76,7 @@ class Evaluation:
     model: Provenance
     n_parameters: int
     data: Provenance
+    files: tuple[str, ...]  # that the store was made from
     n_frames: int
     overall: dict[str, Metric]
     by_config_type: dict[str, dict[str, Metric]]
@@ -94,6 +95,7 @@ class Evaluation:
             "model": self.model.model_dump(),
             "n_parameters": self.n_parameters,
             "data": self.data.model_dump(),
+            "files": list(self.files),
             "n_frames": self.n_frames,
             "overall": _metrics_dict(self.overall),
             "by_config_type": {
@@ -155,6 +157,7 @@ def evaluate(
         model=potential.provenance,
         n_parameters=potential.n_parameters(),
         data=data,
+        files=tuple(source.name for source in store.header.plan.sources),
         n_frames=len(indices),
         overall=tally.metrics(),
         by_config_type={str(name): tally.metrics(i) for i, name in enumerate(names)},

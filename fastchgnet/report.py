@@ -162,17 +162,17 @@ def prediction_table(predictions: Sequence[FilePrediction]) -> Table:
 def notes(evaluation: Evaluation) -> list[str]:
     """Say in sentences where the labels come from and what the energies mean."""
     data, model, n_energies = evaluation.data, evaluation.model, evaluation.overall["energy"].n
+    labels = ", ".join(filter(None, (data.name, *evaluation.files, data.source)))
     sentences = [
-        f"Labels: {data.name}, from {data.source or 'a source the store does not name'}; "
-        f"functional {data.functional}, energy correction {data.energy_correction}.",
+        f"Labels: {labels}; functional {data.functional}, energy correction {data.energy_correction}.",
         f"Model: {model.name}; functional {model.functional}, energy correction {model.energy_correction}.",
     ]
     if evaluation.shift is not None:
         sentences.append(
             "The functional or the correction differs or is unknown, so that energies cannot be compared as "
             "they are: 'Energy, shifted' is after adding one energy per element to the predictions, "
-            f"{evaluation.n_shifted_elements} in all, fitted by least "
-            f"squares on the {n_energies} evaluated frames with an energy."
+            f"{evaluation.n_shifted_elements} in all, fitted by least squares on the {n_energies} evaluated "
+            "frames with an energy."
         )
         if n_energies < FEW_FRAMES * evaluation.n_shifted_elements:
             sentences.append("With so few frames the fitted energies hide a large part of the error.")
