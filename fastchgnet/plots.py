@@ -74,12 +74,14 @@ def parity_figure(panels: Sequence[Parity], title: str) -> Figure:
 def learning_figure(curves: Sequence[Curve], title: str) -> Figure:
     """Draw one panel per curve over the epochs, on a logarithmic axis where the range is wide."""
     figure = new_figure(len(curves))
+    from matplotlib.ticker import LogLocator
+
     figure.suptitle(title, fontsize=12, color=INK)
     for axes, curve, color in zip(figure.axes, curves, COLORS, strict=False):
         axes.plot(curve.epoch, curve.value, color=color, lw=1.8, marker="o", ms=3)
         if 0 < 3 * min(curve.value) < max(curve.value):
             axes.set_yscale("log", subs=[])
-            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 3, 5))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
         style(axes, curve.name, "Epoch", f"Validation MAE ({curve.unit})")
     return figure

@@ -171,8 +171,8 @@ def notes(evaluation: Evaluation) -> list[str]:
         sentences.append(
             "The functional or the correction differs or is unknown, so that energies cannot be compared as "
             "they are: 'Energy, shifted' is after adding one energy per element to the predictions, "
-            f"{evaluation.n_shifted_elements} in all, fitted by least squares on the {n_energies} evaluated "
-            "frames with an energy."
+            f"{evaluation.n_shifted_elements} in all, fitted by least squares to the evaluated frames "
+            f"({n_energies} with an energy)."
         )
         if n_energies < FEW_FRAMES * evaluation.n_shifted_elements:
             sentences.append("With so few frames the fitted energies hide a large part of the error.")
