@@ -65,7 +65,7 @@ def scan_json(path: Path, name: str, options: ReadOptions, meter: Meter) -> Iter
 def _scan_mptrj(file: IO[bytes], name: str, options: ReadOptions) -> Iterator[tuple[str, Frame | InputError]]:
     for mp_id, frames in _ijson().kvitems(file, "", use_float=True):
         if not isinstance(frames, dict):
-            yield mp_id, InputError(f"{name}:{mp_id}: holds no frames")
+            yield f"{name}:{mp_id}", InputError(f"{name}:{mp_id}: holds no frames")
             continue
         for frame_id, frame in frames.items():
             source = f"{name}:{frame_id}"

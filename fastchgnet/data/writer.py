@@ -42,7 +42,7 @@ from fastchgnet.graph import Systems
 from fastchgnet.neighbors import graph_sizes
 
 JOURNAL = "journal.json"
-CHUNK = 512
+CHUNK = 128
 FAR = 100.0
 """Atoms farther than this from the origin, A, are wrapped: beyond it float32 is coarser than 1e-5 A."""
 
