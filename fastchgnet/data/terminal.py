@@ -22,7 +22,9 @@ def prepare_in_terminal(
     """Run `prepare` with a progress bar, then list on stderr what was skipped and what looks wrong."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     columns = (TextColumn("{task.fields[frames]:>12,} frames"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("", total=1.0, frames=0)
         prepared = prepare(
             inputs,
