@@ -104,9 +104,10 @@ class AtomConv(nn.Module):
 
     def forward(self, atom_AD: Tensor, bonds: BondFeatures, weight_UD: Tensor, batch: Batch) -> Tensor:
         """Return the new atom features."""
-        hidden = self.center(atom_AD)[batch.edge_center] + self.neighbor(atom_AD)[batch.edge_neighbor]
-        hidden = hidden + bonds.project(self.bond.weight)[batch.edge_bond]
-        message_ED = self.message(hidden) * weight_UD[batch.edge_bond]
+        hidden = self.center(atom_AD).index_select(0, batch.edge_center)
+        hidden = hidden + self.neighbor(atom_AD).index_select(0, batch.edge_neighbor)
+        hidden = hidden + bonds.project(self.bond.weight).index_select(0, batch.edge_bond)
+        message_ED = self.message(hidden) * weight_UD.index_select(0, batch.edge_bond)
         return atom_AD + self.out(segment_sum(message_ED, batch.edge_center, len(atom_AD)))
 
 
@@ -122,9 +123,9 @@ class AngleProjections(nn.Module):
 
     def forward(self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, batch: Batch) -> Tensor:
         """Return the packed pre-activations of every angle, [T, 2D]."""
-        hidden = self.angle(angle_TD) + self.center(atom_AD)[batch.angle_center]
-        hidden = hidden + self.bond_i(short_BD)[batch.angle_bond_i]
-        return hidden + self.bond_j(short_BD)[batch.angle_bond_j]
+        hidden = self.angle(angle_TD) + self.center(atom_AD).index_select(0, batch.angle_center)
+        hidden = hidden + self.bond_i(short_BD).index_select(0, batch.angle_bond_i)
+        return hidden + self.bond_j(short_BD).index_select(0, batch.angle_bond_j)
 
 
 class BondConv(nn.Module):
@@ -142,7 +143,7 @@ class BondConv(nn.Module):
     ) -> BondFeatures:
         """Return the new bond features."""
         message_TD = self.message(self.first(atom_AD, bonds.short_BD, angle_TD, batch))
-        message_TD = message_TD * weight_BD[batch.angle_bond_j]
+        message_TD = message_TD * weight_BD.index_select(0, batch.angle_bond_j)
         total_BD = weight_BD * segment_sum(message_TD, batch.angle_bond_i, len(weight_BD))
         short_BD = bonds.short_BD + F.linear(total_BD, self.out.weight)
         if not self.output_bias:
@@ -240,7 +241,8 @@ class CHGNet(nn.Module):
         """Unit vectors along the two bonds of every angle, both from its centre or both to it, [T, 3]."""
         n_short = batch.n_short_bonds
         unit_B3 = bond_vector[:n_short] / distance[:n_short]
-        return batch.angle_sign[:, None] * unit_B3[batch.angle_bond_i], unit_B3[batch.angle_bond_j]
+        arm_i = batch.angle_sign[:, None] * unit_B3.index_select(0, batch.angle_bond_i)
+        return arm_i, unit_B3.index_select(0, batch.angle_bond_j)
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:
         """One where the bond's system has an angle, [U, 1]; only an output bias asks for it."""
