@@ -1,5 +1,29 @@
 """CHGNet interatomic potentials: train, fine-tune and run them, fast."""
 
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastchgnet.prediction import Prediction, predict
+    from fastchgnet.published import load
+    from fastchgnet.sim.calculator import FastCHGNetCalculator
 
 __version__ = version("fastchgnet")
+__all__ = ["FastCHGNetCalculator", "Prediction", "load", "predict"]
+
+_HOMES = {
+    "FastCHGNetCalculator": "fastchgnet.sim.calculator",
+    "Prediction": "fastchgnet.prediction",
+    "load": "fastchgnet.published",
+    "predict": "fastchgnet.prediction",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `fastchgnet --help` does not wait for PyTorch."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

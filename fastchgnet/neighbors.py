@@ -44,6 +44,8 @@ def systems_from_atoms(structures: Sequence[Atoms | Structure]) -> Systems:
 def _arrays(structure: Any, index: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """Atomic numbers, positions, cell and periodicity of one structure."""
     if hasattr(structure, "get_atomic_numbers"):
+        if not is_ordered(structure):
+            raise InputError(f"structure {index}: partially occupied sites; order the structure first")
         return structure.numbers, structure.positions, structure.cell.array, structure.pbc
     if hasattr(structure, "lattice"):
         if not structure.is_ordered:
@@ -51,6 +53,12 @@ def _arrays(structure: Any, index: int) -> tuple[NDArray, NDArray, NDArray, NDAr
         numbers = np.array(structure.atomic_numbers)
         return numbers, structure.cart_coords, structure.lattice.matrix, np.array(structure.lattice.pbc)
     raise InputError(f"structure {index}: neither ase Atoms nor a pymatgen Structure: {type(structure)}")
+
+
+def is_ordered(atoms: Atoms) -> bool:
+    """Tell whether every site holds one whole atom; ASE keeps only the main species of a disordered CIF."""
+    sites = (atoms.info.get("occupancy") or {}).values()
+    return all(len(species) == 1 and min(species.values()) > 1 - 1e-6 for species in sites)
 
 
 class _Bonds(NamedTuple):

@@ -322,3 +322,13 @@ def test_real_files_have_no_bad_frame() -> None:
     assert len(frames) == 688
     for frame in frames:
         frame.check()
+
+
+def test_disordered_crystals_are_refused_and_not_replaced(tmp_path: Path) -> None:
+    """ASE reads such a site as its main species."""
+    pymatgen = pytest.importorskip("pymatgen.core")
+    lattice = pymatgen.Lattice.cubic(4.2)
+    structure = pymatgen.Structure(lattice, [{"Mg": 0.5, "Fe": 0.5}, "O"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    structure.to(filename=str(tmp_path / "mixed.cif"))
+    with pytest.raises(InputError, match=r"mixed.cif:0: partially occupied"):
+        list(read_frames(tmp_path / "mixed.cif"))

@@ -23,6 +23,7 @@ from fastchgnet.config import Config
 from fastchgnet.data.frame import Frame, reduced_formula
 from fastchgnet.data.layout import one_line
 from fastchgnet.errors import InputError
+from fastchgnet.neighbors import is_ordered
 from fastchgnet.units import GPA
 
 if TYPE_CHECKING:
@@ -301,6 +302,8 @@ def _vasp_truncated(path: Path) -> str | None:
 
 def _from_atoms(atoms: Atoms, source: str, options: ReadOptions) -> Frame:
     """Take geometry and labels from ASE's atoms; absent labels stay absent."""
+    if not is_ordered(atoms):
+        raise ValueError("partially occupied sites; order the structure first")
     info = {**atoms.info.get("key_value_pairs", {}), **atoms.info}
     # `results` holds what the file held; asking the calculator for the rest would raise.
     labels = {**atoms.arrays, **info, **(atoms.calc.results if atoms.calc is not None else {})}
