@@ -57,7 +57,9 @@ def _arrays(structure: Any, index: int) -> tuple[NDArray, NDArray, NDArray, NDAr
 
 def is_ordered(atoms: Atoms) -> bool:
     """Tell whether every site holds one whole atom; ASE keeps only the main species of a disordered CIF."""
-    sites = (atoms.info.get("occupancy") or {}).values()
+    occupancy = atoms.info.get("occupancy")
+    # other files give this name to numbers of their own
+    sites = occupancy.values() if isinstance(occupancy, dict) else ()
     return all(len(species) == 1 and min(species.values()) > 1 - 1e-6 for species in sites)
 
 

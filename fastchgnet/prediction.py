@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MAX_GRAPH = 150_000
 """Edges and angles in a batch, at most: about 2 GB in float32 (14 KB each, measured) with derivatives."""
 
-GEOMETRY = ReadOptions(forces_key="", stress_key="", magmoms_key="")
+GEOMETRY = ReadOptions(energy_key="", forces_key="", stress_key="", magmoms_key="")
 """How to read files of which only the geometry is wanted."""
 
 
@@ -94,7 +94,6 @@ def predict_systems(
 
     `progress` is called with the number of systems after each batch.
     """
-    potential.eval()
     for start in range(0, systems.n_systems, batch_size):
         chunk = _select(systems, slice(start, start + batch_size))
         sizes = graph_sizes(chunk, potential.config.atom_cutoff, potential.config.bond_cutoff)
@@ -259,6 +258,7 @@ def pack(sizes: NDArray[np.int64], batch_size: int) -> list[slice]:
 
 def predict_batch(potential: Potential, systems: Systems) -> Output:
     """Predict one batch that fits in memory, and bring the result to the host."""
+    potential.eval()
     with torch.no_grad():
         output = potential(potential.build_graph(systems))
     return Output(*(value.cpu() for value in output))

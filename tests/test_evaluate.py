@@ -78,7 +78,7 @@ def expected_metric(reference: np.ndarray, prediction: np.ndarray, scale: float)
 def test_metrics_are_those_of_a_direct_computation(tmp_path, batch_size) -> None:
     model = model_with(PBE)
     store = stored(labelled(model), tmp_path)
-    evaluation = evaluate(model, store, store.split("all"), batch_size)
+    evaluation = evaluate(model.train(), store, store.split("all"), batch_size)
     systems, labels = store.gather(store.split("all"))
     output = model(model.build_graph(systems))
     n_atoms, types = np.array(systems.n_atoms), store.config_types

@@ -151,6 +151,7 @@ def test_an_output_that_cannot_be_written_leaves_what_was_there(predictions, tmp
 def test_labels_of_a_file_do_not_matter(tmp_path) -> None:
     atoms = crystals()[0]
     atoms.arrays["forces"] = np.full((2, 3), np.nan)
+    atoms.info.update(energy=np.nan, occupancy=0.5)
     ase.io.write(tmp_path / "odd.xyz", atoms, format="extxyz")
     found, errors = read_crystals([tmp_path / "odd.xyz"])
     assert len(found) == 1 and not errors

@@ -58,7 +58,9 @@ class ReadOptions(Config):
     """What a user knows about a file that the file does not say; None leaves it to the format."""
 
     format: Format | None = Field(None, description="Format of the file; by default by name and content.")
-    energy_key: str | None = Field(None, description="Where the total energy stands, such as REF_energy.")
+    energy_key: str | None = Field(
+        None, description="Where the total energy stands, such as REF_energy; an empty key reads no label."
+    )
     forces_key: str = Field("forces", description="Where the forces stand.")
     stress_key: str = Field("stress", description="Where the stress stands.")
     magmoms_key: str = Field("magmoms", description="Where the magnetic moments stand.")
@@ -74,12 +76,13 @@ class ReadOptions(Config):
             "ase": (StressUnit.EV_A3, StressSign.TENSION),
         }
         unit, sign = defaults.get(kind, (None, None))
-        if kind == "mptrj" and self.energy_key not in (None, *_MPTRJ_ENERGIES):
+        energy_key = _ENERGY_KEYS.get(kind, "energy") if self.energy_key is None else self.energy_key
+        if kind == "mptrj" and self.energy_key not in (None, "", *_MPTRJ_ENERGIES):
             raise InputError(f"MPtrj has the energies {' and '.join(_MPTRJ_ENERGIES)}, not {self.energy_key}")
         return self.model_copy(
             update={
                 "format": kind,
-                "energy_key": self.energy_key or _ENERGY_KEYS.get(kind, "energy"),
+                "energy_key": energy_key,
                 "stress_unit": self.stress_unit or unit,
                 "stress_sign": self.stress_sign or sign,
             }

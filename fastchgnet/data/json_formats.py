@@ -72,10 +72,10 @@ def _scan_mptrj(file: IO[bytes], name: str, options: ReadOptions) -> Iterator[tu
 
             def build(frame: Json = frame, source: str = source, mp_id: str = mp_id) -> Frame:
                 labels = {
-                    "energy": frame[str(options.energy_key)],
-                    "forces": frame.get("force"),
-                    "stress": frame.get("stress"),
-                    "magmoms": frame.get("magmom"),
+                    "energy": frame[options.energy_key] if options.energy_key else None,
+                    "forces": frame.get("force") if options.forces_key else None,
+                    "stress": frame.get("stress") if options.stress_key else None,
+                    "magmoms": frame.get("magmom") if options.magmoms_key else None,
                 }
                 return _from_structure(frame["structure"], labels, source, {"mp_id": mp_id}, options)
 
