@@ -22,8 +22,10 @@ class _Tensors:
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy with every tensor on `device`."""
+        # Towards the host nobody would wait, and the values could be read before they arrive.
+        later = torch.device(device).type != "cpu"
         moved = {
-            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            field.name: value.to(device, non_blocking=later) if isinstance(value, Tensor) else value
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
             for value in (getattr(self, field.name),)
         }

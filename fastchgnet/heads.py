@@ -56,7 +56,7 @@ class PairHeads(nn.Module):
         distance = bond_vector.norm(dim=1, keepdim=True)
         unit = bond_vector / distance
         atom = self.atom(features.atom_AD)
-        hidden = atom[batch.bond_center] + atom[batch.bond_neighbor]
+        hidden = atom.index_select(0, batch.bond_center) + atom.index_select(0, batch.bond_neighbor)
         hidden = hidden + features.bonds.project(self.bond.weight)
         cutoff = envelope(distance / self.config.atom_cutoff, self.config.envelope_p)
         n_U1, m_U1 = (self.scalars(self.message(hidden)) * cutoff).chunk(2, dim=1)

@@ -97,8 +97,9 @@ def total_loss(huber: Tensor, count: Tensor, weights: tuple[float, ...]) -> Tens
         count: [4] labels of the whole batch.
         weights: one per target, in the order of TARGETS.
     """
-    scale = torch.as_tensor(weights, dtype=huber.dtype, device=huber.device)
-    return (scale * huber / count.clamp(min=1)).sum()
+    means = (huber / count.clamp(min=1)).unbind()
+    # A tensor of the weights would be copied to the device, and the host would wait for that.
+    return torch.stack([weight * mean for weight, mean in zip(weights, means, strict=True)]).sum()
 
 
 def _sums(
