@@ -11,8 +11,5 @@ from ase import units as ase_units
 GPA = ase_units.GPa
 """One GPa in eV/A^3."""
 
-KBAR_VASP = -0.1 * ase_units.GPa
-"""One kbar in VASP's sign (positive = compression) as eV/A^3 in ours (positive = tension)."""
-
 MAX_ATOMIC_NUMBER = 94
 """Elements H to Pu, as in the published models."""
