@@ -350,7 +350,7 @@ def _figure(value: float) -> str:
         return MISSING
     if abs(value) < 5e-4:
         return "0.000"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def _r2(value: float) -> str:
