@@ -215,6 +215,22 @@ def test_a_stopped_process_can_be_resumed(
     assert_same_run(out, straight)
 
 
+class Settings(Watcher):
+    """Notes whether results could depend on the order in which threads arrive."""
+
+    deterministic = False
+
+    def advance(self, n_frames: int) -> None:
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
+
+
+def test_threads_do_not_decide(stores: Path, tmp_path: Path) -> None:
+    """The race is rare and cannot be provoked, so what rules it out is checked instead."""
+    watcher = Settings()
+    train(configure(stores, tmp_path / "run", train={"epochs": 1}), watcher=watcher)
+    assert watcher.deterministic and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_seeds_decide(stores: Path, straight: Path, tmp_path: Path) -> None:
     torch.manual_seed(12345)
     before = torch.random.get_rng_state()

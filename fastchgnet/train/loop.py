@@ -32,6 +32,7 @@ from fastchgnet.train.setup import (
     first_potential,
     open_frames,
     pick_device,
+    reproducible,
     resolve,
 )
 from fastchgnet.train.signals import stop_request
@@ -100,13 +101,15 @@ def train(config: RunConfig, resume: bool = False, watcher: Watcher | None = Non
     config = resolve(config)
     state = _find_state(config, resume)
     frames = open_frames(config.data)
-    trainer = Trainer(config, *frames, state)
-    if state is None:
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        trainer.save_state()
-        write_atomically(config.train.out / "config.yaml", lambda file: file.write(text.encode()))
-    with stop_request() as stop, RunLog(config.train.out, trainer.progress.epoch) as log:
-        finished = trainer.run(stop, log, watcher or Watcher())
+    device = pick_device(config.train.device)
+    with reproducible(device), stop_request() as stop:
+        trainer = Trainer(config, *frames, device, state)
+        if state is None:
+            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            trainer.save_state()
+            write_atomically(config.train.out / "config.yaml", lambda file: file.write(text.encode()))
+        with RunLog(config.train.out, trainer.progress.epoch) as log:
+            finished = trainer.run(stop, log, watcher or Watcher())
     rows = read_metrics(config.train.out)
     return Summary(config.train.out, finished, trainer.progress, rows[-1] if rows else None)
 
@@ -137,10 +140,12 @@ def _find_state(config: RunConfig, resume: bool) -> State | None:
 class Trainer:
     """A run in memory: the potential, its running average, the optimizer and the position."""
 
-    def __init__(self, config: RunConfig, train: Frames, val: Frames, state: State | None) -> None:
+    def __init__(
+        self, config: RunConfig, train: Frames, val: Frames, device: torch.device, state: State | None
+    ) -> None:
         """Build a run anew, or as `state` left it."""
         self.config, self.train, self.val, self.folder = config, train, val, config.train.out
-        self.device = pick_device(config.train.device)
+        self.device = device
         build = first_potential if state is None else blank_potential
         self.potential = build(config, train, self.device)
         self.average = copy.deepcopy(self.potential).eval()

@@ -6,8 +6,9 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,6 +88,24 @@ def pick_device(name: str) -> torch.device:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"train.device: {name} cannot be used ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Make equal steps equal bit for bit on a CPU, whatever its threads do, and leave a GPU its speed.
+
+    Without this the gradient of indexing adds rows in the order in which threads arrive.
+    """
+    settings: Any = torch.utils.deterministic  # a module whose attribute is made at run time
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = False  # finds mistakes, costs time, changes no result
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 def resolve(config: RunConfig) -> RunConfig:
