@@ -18,6 +18,7 @@ from vesin import NeighborList
 
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Batch, Systems
+from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -28,10 +29,15 @@ def systems_from_atoms(structures: Sequence[Atoms | Structure]) -> Systems:
     """Concatenate ase Atoms or pymatgen Structures.
 
     Raises:
-        InputError: for an object that is neither, or has partially occupied sites.
+        InputError: for an object that is neither, has partially occupied sites or an unknown element.
     """
     parts = [_arrays(structure, index) for index, structure in enumerate(structures)]
     numbers, positions, cells, pbcs = zip(*parts, strict=True) if parts else ((), (), (), ())
+    for index, present in enumerate(numbers):
+        # in the embedding, such a number would end the whole process on a GPU
+        unknown = present[(present < 1) | (present > MAX_ATOMIC_NUMBER)]
+        if len(unknown):
+            raise InputError(f"structure {index}: unknown element Z = {unknown[0]}")
     return Systems(
         atomic_number=torch.from_numpy(np.concatenate([*numbers, np.zeros(0, np.int64)]).astype(np.int64)),
         position=torch.from_numpy(np.concatenate([*positions, np.zeros((0, 3))])),

@@ -247,3 +247,5 @@ def test_pymatgen_structures_are_read() -> None:
         systems_from_atoms([structure])
     with pytest.raises(InputError, match="structure 1: neither"):
         systems_from_atoms([bulk("Cu"), "Cu"])
+    with pytest.raises(InputError, match="structure 1: unknown element Z = 95"):
+        systems_from_atoms([bulk("Cu"), bulk("Am", "fcc", a=4.9)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from ase import Atoms
@@ -30,7 +31,7 @@ class FastCHGNetCalculator(Calculator):
 
     def __init__(
         self,
-        model: str | Potential = "chgnet-0.3.0",
+        model: str | Path | Potential = "chgnet-0.3.0",
         device: str = "auto",
         dtype: Literal["float32", "float64"] = "float32",
     ) -> None:
