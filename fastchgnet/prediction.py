@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from fastchgnet.data.formats import ReadOptions, scan_frames
 from fastchgnet.data.frame import Frame
 from fastchgnet.errors import InputError
+from fastchgnet.files import write_atomically
 from fastchgnet.graph import Output, Systems
 from fastchgnet.neighbors import graph_sizes, systems_from_atoms
 from fastchgnet.potential import Potential
-from fastchgnet.weights import write_atomically
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -224,7 +224,7 @@ def write_predictions(predictions: Sequence[FilePrediction], path: Path) -> None
         buffer = io.StringIO()
         write(buffer, [one.as_atoms() for one in predictions], format="extxyz")
         text = buffer.getvalue()
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, text)
 
 
 def systems_from_frames(frames: Iterable[Frame]) -> Systems:

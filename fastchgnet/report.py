@@ -18,6 +18,7 @@ from rich.table import Table as RichTable
 
 from fastchgnet import __version__
 from fastchgnet.evaluate import QUANTITIES, SHIFTED, Evaluation, Metric
+from fastchgnet.files import write_atomically
 from fastchgnet.plots import (
     NEEDS_MATPLOTLIB,
     Curve,
@@ -30,7 +31,6 @@ from fastchgnet.plots import (
 from fastchgnet.prediction import FilePrediction, to_json, write_predictions
 from fastchgnet.train.log import read_metrics
 from fastchgnet.units import GPA
-from fastchgnet.weights import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -337,7 +337,7 @@ def _page(evaluation: Evaluation, about: Mapping[str, str], images: Mapping[str,
 
 def _write(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
-    write_atomically(path, lambda file: file.write(data))
+    write_atomically(path, data)
 
 
 def _maes(metrics: Mapping[str, Metric]) -> Iterator[str]:

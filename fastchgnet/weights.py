@@ -6,13 +6,9 @@ and anything a run adds; `model.safetensors.json` repeats it for readers. Pickle
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -22,6 +18,7 @@ from torch import Tensor
 
 from fastchgnet.config import ModelConfig, Provenance
 from fastchgnet.errors import InputError
+from fastchgnet.files import write_atomically
 from fastchgnet.potential import Potential
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
@@ -63,9 +60,9 @@ def save_potential(
         key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
-    write_atomically(path, lambda file: file.write(to_safetensors(tensors, metadata)))
+    write_atomically(path, to_safetensors(tensors, metadata))
     readable = json.dumps(described, indent=2) + "\n"
-    write_atomically(Path(f"{path}.json"), lambda file: file.write(readable.encode()))
+    write_atomically(Path(f"{path}.json"), readable)
 
 
 def load_potential(path: str | Path) -> Potential:
@@ -120,28 +117,6 @@ def read_header(path: str | Path) -> Header:
         raise InputError(f"{path}: {place}: {first['msg']}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: its metadata is not JSON ({error})") from error
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, and rename it to `path` once it is safely on the disk.
-
-    Raises:
-        InputError: the folder or the disk does not take it; `path` is as before.
-    """
-    # A name of its own for every writer: several processes may write the same file at once.
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
 
 
 def _refuse_pickles(path: Path) -> None:

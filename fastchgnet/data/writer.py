@@ -34,10 +34,9 @@ from fastchgnet.data.layout import (
     file_sha256,
     group_hash,
     one_line,
-    sync_folder,
-    write_atomically,
 )
 from fastchgnet.errors import InputError
+from fastchgnet.files import sync_folder, write_atomically
 from fastchgnet.graph import Systems
 from fastchgnet.neighbors import graph_sizes
 

@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from fastchgnet.data.layout import sync_folder
 from fastchgnet.errors import InputError
-from fastchgnet.weights import write_atomically
+from fastchgnet.files import write_atomically
 
 GENERATIONS = 2
 
@@ -50,8 +49,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], progress: Progress) 
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"progress": json.dumps(dataclasses.asdict(progress)), "sha256": _checksum(on_host)}
     path = folder / f"step-{progress.step:010d}.safetensors"
-    write_atomically(path, lambda file: file.write(to_safetensors(on_host, metadata)))
-    sync_folder(folder)
+    write_atomically(path, to_safetensors(on_host, metadata))
     for old in _states(folder)[GENERATIONS:]:
         old.unlink()
 

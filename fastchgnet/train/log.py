@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fastchgnet.weights import write_atomically
+from fastchgnet.files import write_atomically
 
 Row = Mapping[str, object]
 
@@ -22,7 +22,7 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["epoch"] <= epoch]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomically(self.path, lambda file: file.write(text.encode()))
+        write_atomically(self.path, text)
         self._writer = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter

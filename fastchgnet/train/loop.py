@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastchgnet.config import RunConfig, load_run_config
 from fastchgnet.errors import InputError
+from fastchgnet.files import write_atomically
 from fastchgnet.graph import Batch, Labels
 from fastchgnet.loss import Tally, empty_tally, tally, total_loss
 from fastchgnet.train.batches import epoch_batches, prefetch
@@ -36,7 +37,7 @@ from fastchgnet.train.setup import (
     resolve,
 )
 from fastchgnet.train.signals import stop_request
-from fastchgnet.weights import save_potential, write_atomically
+from fastchgnet.weights import save_potential
 
 
 class Watcher:
@@ -107,7 +108,7 @@ def train(config: RunConfig, resume: bool = False, watcher: Watcher | None = Non
         if state is None:
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
             trainer.save_state()
-            write_atomically(config.train.out / "config.yaml", lambda file: file.write(text.encode()))
+            write_atomically(config.train.out / "config.yaml", text)
         with RunLog(config.train.out, trainer.progress.epoch) as log:
             finished = trainer.run(stop, log, watcher or Watcher())
     rows = read_metrics(config.train.out)

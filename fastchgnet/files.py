@@ -1,0 +1,44 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+
+from fastchgnet.errors import InputError
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content` beside `path`, and rename it to `path` once it is safely on the disk.
+
+    Raises:
+        InputError: the folder or the disk does not take it; `path` is as before.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    # A name of its own for every writer: several processes may write the same file at once.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable, where the system can open folders."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
