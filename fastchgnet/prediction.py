@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fastchgnet.data.formats import ReadOptions, scan_frames
 from fastchgnet.data.frame import Frame
+from fastchgnet.data.layout import printable
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 from fastchgnet.graph import Output, Systems
@@ -165,7 +166,7 @@ def read_crystals(paths: Iterable[Path]) -> tuple[list[Crystal], list[InputError
     """Read the geometries of all frames of files; return the good ones, and why the others are not."""
     crystals, errors = [], []
     for path in paths:
-        for index, item in enumerate(scan_frames(path, GEOMETRY, str(path))):
+        for index, item in enumerate(scan_frames(path, GEOMETRY, printable(path))):
             if isinstance(item, InputError):
                 errors.append(item)
                 continue
@@ -176,7 +177,7 @@ def read_crystals(paths: Iterable[Path]) -> tuple[list[Crystal], list[InputError
             except InputError as error:
                 errors.append(error)
             else:
-                crystals.append(Crystal(str(path), index, frame))
+                crystals.append(Crystal(printable(path), index, frame))
     return crystals, errors
 
 

@@ -209,6 +209,21 @@ def test_pymatgen_json(tmp_path: Path) -> None:
 
 
 GOOD = '1\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3:forces:R:3 energy=-1\nCu 0 0 0 0 0 0\n'
+CIF = """data_x
+_cell_length_a 4
+_cell_length_b 4
+_cell_length_c 4
+_cell_angle_alpha 90
+_cell_angle_beta 90
+_cell_angle_gamma 90
+loop_
+_atom_site_label
+_atom_site_fract_x
+_atom_site_fract_y
+_atom_site_fract_z
+Na1 0 0 0
+Cl1 0.5 0.5 0.5
+"""
 HALF = "".join(GOOD.splitlines(keepends=True)[:2])
 
 
@@ -221,12 +236,24 @@ HALF = "".join(GOOD.splitlines(keepends=True)[:2])
         ("element.xyz", GOOD + GOOD.replace("Cu", "Qq"), "element.xyz:1: unknown element"),
         ("energy.xyz", GOOD + GOOD.replace("=-1", "=nan"), "energy.xyz:1: the energy is NaN"),
         ("words.xyz", GOOD + GOOD.replace("=-1", "=low"), "words.xyz:1: "),
+        ("text.xyz", GOOD.replace("=-1", "=T"), "text.xyz:0: the energy is True, not a number"),
+        ("count.xyz", "9" * 30 + "\n" + GOOD, "count.xyz:0: expected a number of atoms"),
+        ("digits.xyz", "9" * 5000 + "\n" + GOOD, "digits.xyz:0: expected a number of atoms"),
+        ("wide.xyz", GOOD[:-1] + " 1\n", "wide.xyz:0: expected 7 columns"),
+        ("cut_number.xyz", GOOD[:-1], "cut_number.xyz:0: the last line has no end"),
+        ("no_pos.xyz", GOOD.replace("pos:", "foo:"), "no_pos.xyz:0: no positions"),
+        ("pbc.xyz", GOOD.replace("energy", 'pbc="yes no no" energy'), "pbc.xyz:0: pbc is yes no no"),
+        ("stress.xyz", GOOD.replace("energy", 'stress="0 1 0 0 0 0 0 0 0" energy'), "is not symmetric"),
+        ("beyond.xyz", GOOD.replace("species:S", "Z:I").replace("Cu", "119"), "beyond.xyz:0: "),
         ("empty.xyz", "", "empty.xyz: the file is empty"),
         ("vasprun.xml", vasprun(2)[:-40], "vasprun.xml: truncated"),
+        ("vasprun.xml", vasprun(2) + OUTCAR, "vasprun.xml: mixed"),
         ("OUTCAR", OUTCAR[:-70], "OUTCAR: truncated"),
+        ("row.cif", CIF.replace("Na1 0", "Na 1 0"), "row.cif:0: cannot be read: UserWarning: Wrong number"),
         ("cut.json", '[{"@class": "Structure", "lattice"', "cut.json: what follows cannot be read"),
         ("text.json", "energy = 3", "text.json: not JSON"),
         ("other.json", '[{"a": 1}]', "other.json:0: neither a Structure nor"),
+        ("number.json", " " * 100 + "[5]", "number.json:0: neither a Structure nor"),
         ("unknown.qqq", "hello", "unknown.qqq: unknown format"),
         ("broken.db", "hello", "broken.db:0: "),
     ],
@@ -234,7 +261,8 @@ HALF = "".join(GOOD.splitlines(keepends=True)[:2])
 def test_broken_files_name_file_frame_and_reason(tmp_path: Path, name: str, text: str, reason: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as caught:
-        list(read_frames(tmp_path / name))
+        for frame in read_frames(tmp_path / name):
+            frame.check()
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -274,12 +302,28 @@ GOOD_FRAME = next(labelled_frames(1))
         ({"stress": np.full((3, 3), np.nan)}, "stress contain NaN"),
         ({"stress": np.array([[0.0, 1, 0], [0, 0, 0], [0, 0, 0]])}, "stress is not symmetric"),
         ({"magmoms": np.array([np.inf])}, "magmoms contain NaN"),
+        ({"magmoms": np.array([[0.0, 0.0, 1.0]])}, "magmoms have shape (1, 3)"),
+        ({"forces": np.array([[0.0, 0.0, 1e39]])}, "forces contain numbers above"),
+        ({"energy": -1e30}, "energy is above"),
+        ({"pbc": np.array([True, True])}, "pbc has shape (2,)"),
+        ({"positions": np.array([[0.0, 0.0, 1e12]])}, "farther than 1e+06 A from the origin"),
+        ({"cell": np.diag([1e5, 1e5, 1e5])}, "a lattice vector is longer"),
     ],
 )
 def test_check_refuses(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(InputError) as caught:
         replace(GOOD_FRAME, **changes).check()
     assert str(caught.value).startswith(f"{GOOD_FRAME.source}: ") and reason in str(caught.value)
+
+
+@pytest.mark.parametrize("pbc", [(True, True, False), (False, False, False)])
+def test_atoms_too_far_apart_for_the_neighbour_search(pbc: tuple[bool, ...]) -> None:
+    """Vesin ends the process there, by a division by zero."""
+    apart = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1e6]])
+    labels = {"forces": None, "magmoms": None, "stress": None}
+    frame = replace(GOOD_FRAME, numbers=np.array([11, 17]), positions=apart, pbc=np.array(pbc), **labels)
+    with pytest.raises(InputError, match=r"more than 10000 A apart along an axis that is not periodic"):
+        frame.check()
 
 
 @pytest.mark.parametrize("repeats", [1, 300])

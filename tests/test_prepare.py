@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import ase.io
@@ -129,3 +131,14 @@ def test_equal_file_names_are_told_apart_by_their_folders(tmp_path: Path) -> Non
     files = [tmp_path / name / "frames.xyz" for name in ("run1", "run2")]
     prepare(files, tmp_path / "store", ReadOptions(), Provenance(name="test"))
     assert Store(tmp_path / "store").ids(np.arange(2)) == ["run1/frames.xyz:0", "run2/frames.xyz:0"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
+def test_file_names_that_are_not_text(tmp_path: Path) -> None:
+    from fastchgnet.data.store import Store
+
+    path = tmp_path / os.fsdecode(b"bad\xff.xyz")
+    ase.io.write(path, labelled_atoms(1))
+    prepared = prepare([path], tmp_path / "store", ReadOptions(), Provenance(name="test"))
+    assert prepared.counts.n_frames == 1
+    assert Store(tmp_path / "store").ids(np.arange(1)) == [r"bad\xff.xyz:0"]

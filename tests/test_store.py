@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastchgnet.config import Provenance
+from fastchgnet.data.frame import Frame
 from fastchgnet.data.layout import ARRAYS, HEADER
 from fastchgnet.data.store import Store, write_store
 from fastchgnet.data.writer import FAR
@@ -114,6 +115,29 @@ def test_far_atoms_are_wrapped_before_rounding(tmp_path: Path) -> None:
     shifts = (wrapped - near).numpy() @ np.linalg.inv(frame.cell)
     np.testing.assert_allclose(shifts, np.round(shifts), atol=1e-6)  # float32 of a few A, in cells of 5.6 A
     np.testing.assert_array_equal(store.sizes[0], store.sizes[1])
+
+
+def test_a_molecule_far_from_the_origin_keeps_its_shape(tmp_path: Path) -> None:
+    """At 1e6 A, float32 is coarser than 0.06 A."""
+    far = 1e6 * np.ones(3) - 10
+    frame = Frame(
+        numbers=np.array([11, 17]),
+        positions=np.stack([far, far + np.array([2.3456789, 0, 0])]),
+        cell=np.zeros((3, 3)),
+        pbc=np.zeros(3, bool),
+        source="far.xyz:0",
+        group="NaCl",
+    )
+    write_store([frame], tmp_path / "store", PROVENANCE)
+    systems, _ = Store(tmp_path / "store").gather(np.array([0]))
+    apart = systems.position[1] - systems.position[0]
+    np.testing.assert_allclose(apart, [2.3456789, 0, 0], atol=1e-6)  # float32 of a few A
+
+
+def test_a_store_is_not_written_over_the_current_folder() -> None:
+    for out in ("", ".", "/"):
+        with pytest.raises(InputError, match="exists already"):
+            write_store(labelled_frames(1), out, PROVENANCE)
 
 
 def test_bad_frames_are_refused_or_skipped_and_listed(tmp_path: Path) -> None:

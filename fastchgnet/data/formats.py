@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
@@ -20,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, ValidationError
 
 from fastchgnet.config import Config
+from fastchgnet.data.extxyz import malformed
 from fastchgnet.data.frame import Frame, reduced_formula
 from fastchgnet.data.layout import one_line
 from fastchgnet.errors import InputError
@@ -203,7 +206,7 @@ def detect_format(path: Path) -> Format:
     except (UnknownFileTypeError, OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: unknown format: {one_line(error)}") from error
     if name not in ioformats:
-        raise InputError(f"{path}: unknown format: ASE knows none called {name}")
+        raise InputError(f"{path}: unknown format: ASE knows none called {name}; pass --format")
     if name == "extxyz":
         return "extxyz"
     return "vasp" if name in ("vasp-xml", "vasp-out") else "ase"
@@ -225,19 +228,14 @@ def attempt(source: str, build: Callable[[], Frame]) -> Frame | InputError:
 
 def _scan_extxyz(path: Path, name: str, options: ReadOptions, meter: Meter) -> Iterator[Frame | InputError]:
     """Split the file into frames here and let ASE parse each: one bad frame then costs no other."""
-    from ase.io.extxyz import read_extxyz
-
-    def parse(block: list[str], source: str) -> Frame:
-        return _from_atoms(next(read_extxyz(io.StringIO("".join(block)))), source, options)
-
     index = 0
     try:
-        with io.TextIOWrapper(meter.open(path), encoding="utf-8") as lines:
+        with io.TextIOWrapper(meter.open(path), encoding="utf-8-sig") as lines:
             while head := lines.readline():
                 if not head.strip():
                     continue
                 source = f"{name}:{index}"
-                if not head.strip().isdecimal():
+                if not head.strip().isdecimal() or len(head.strip()) > 9:
                     yield InputError(f"{source}: expected a number of atoms, found {head.strip()[:40]!r}")
                     return
                 n_atoms = int(head)
@@ -246,7 +244,7 @@ def _scan_extxyz(path: Path, name: str, options: ReadOptions, meter: Meter) -> I
                     found = max(len(block) - 2, 0)
                     yield InputError(f"{source}: the file ends after {found} of {n_atoms} atoms; truncated")
                     return
-                yield attempt(source, lambda block=block, source=source: parse(block, source))  # type: ignore[misc]
+                yield attempt(source, partial(_parse_extxyz, block, source, options))
                 index += 1
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         yield InputError(f"{name}:{index}: cannot be read: {one_line(error)}")
@@ -255,21 +253,37 @@ def _scan_extxyz(path: Path, name: str, options: ReadOptions, meter: Meter) -> I
         yield InputError(f"{name}: the file is empty")
 
 
+def _parse_extxyz(block: list[str], source: str, options: ReadOptions) -> Frame:
+    """Let ASE parse one frame, having looked for what it would pass over without a word."""
+    from ase.io.extxyz import key_val_str_to_dict, read_extxyz
+
+    header = key_val_str_to_dict(block[1])
+    if flaw := malformed(header, block):
+        raise ValueError(flaw)
+    atoms = next(read_extxyz(io.StringIO("".join(block))))
+    if atoms.calc is not None and "stress" in atoms.calc.results:
+        atoms.calc.results["stress"] = header["stress"]  # of nine numbers ASE keeps six
+    return _from_atoms(atoms, source, options)
+
+
 def _scan_ase(path: Path, name: str, options: ReadOptions) -> Iterator[Frame | InputError]:
     """Read every frame of a file by ASE."""
     if options.format == "vasp" and (reason := _vasp_truncated(path)):
         yield InputError(f"{name}: {reason}")
     index = 0
-    frames = _iterate_ase(path)
+    frames = _iterate_ase(path, options)
     while True:
         source = f"{name}:{index}"
         try:
-            atoms = next(frames)
+            with warnings.catch_warnings():
+                # ASE leaves out the rows of a CIF that it cannot read: atoms would be lost.
+                warnings.filterwarnings("error", "Wrong number .* of tokens")
+                atoms = next(frames)
         except StopIteration:
             break
         except Exception as error:
             # A generator that has raised is finished: nothing behind this frame can be read.
-            yield InputError(f"{source}: {type(error).__name__}: {one_line(error)}")
+            yield InputError(f"{source}: cannot be read: {type(error).__name__}: {one_line(error)}")
             return
         yield attempt(source, lambda atoms=atoms, source=source: _from_atoms(atoms, source, options))  # type: ignore[misc]
         index += 1
@@ -277,7 +291,7 @@ def _scan_ase(path: Path, name: str, options: ReadOptions) -> Iterator[Frame | I
         yield InputError(f"{name}: no frame in this file")
 
 
-def _iterate_ase(path: Path) -> Iterator[Atoms]:
+def _iterate_ase(path: Path, options: ReadOptions) -> Iterator[Atoms]:
     """Yield ASE's atoms, of a database with the keys beside them, which ase.io would drop."""
     if path.suffix in (".db", ".json", ".aselmdb"):
         from ase.db import connect
@@ -287,11 +301,13 @@ def _iterate_ase(path: Path) -> Iterator[Atoms]:
     else:
         from ase.io import iread
 
-        yield from iread(str(path), index=":", do_not_split_by_at_sign=True)
+        vasp = "vasp-xml" if ".xml" in path.suffixes else "vasp-out"
+        known = vasp if options.format == "vasp" else None
+        yield from iread(str(path), index=":", format=known, do_not_split_by_at_sign=True)
 
 
 def _vasp_truncated(path: Path) -> str | None:
-    """Tell whether a run of VASP lacks its end; ASE drops what is incomplete without a word."""
+    """Tell whether a run of VASP lacks its end, or goes on behind it; ASE drops that without a word."""
     end = b"</modeling>" if ".xml" in path.suffixes else b"General timing and accounting"
     tail = b""
     try:
@@ -300,7 +316,11 @@ def _vasp_truncated(path: Path) -> str | None:
                 tail = (tail + block)[-20_000:]
     except (OSError, EOFError, zlib.error) as error:
         return f"cannot be read: {one_line(error)}"
-    return None if end in tail else f"truncated: {end.decode()!r} is missing at its end"
+    if end not in tail:
+        return f"truncated: {end.decode()!r} is missing at its end"
+    if end == b"</modeling>" and tail.partition(end)[2].strip():
+        return "mixed: something follows '</modeling>'"
+    return None
 
 
 def _from_atoms(atoms: Atoms, source: str, options: ReadOptions) -> Frame:
@@ -338,7 +358,10 @@ def make_frame(
     magmoms: ArrayLike | None,
 ) -> Frame:
     """Build a frame of plain numpy arrays; None marks a label the file does not hold."""
-    if energy is not None and not np.isfinite(energy):
+    total = np.asarray(np.nan if energy is None else energy)
+    if total.ndim or total.dtype.kind not in "fiu":
+        raise ValueError(f"the energy is {energy!r}, not a number")
+    if energy is not None and not np.isfinite(total):
         raise ValueError("the energy is NaN or infinite")
     numbers = np.asarray(numbers, dtype=np.int64)
     group = info.get("group") or info.get("mp_id")
@@ -350,8 +373,15 @@ def make_frame(
         source=source,
         group=str(group) if group else reduced_formula(numbers),
         config_type=str(info.get("config_type") or "default"),
-        energy=float("nan") if energy is None else float(energy),
-        forces=None if forces is None else np.asarray(forces, dtype=np.float64),
+        energy=float(total),
+        forces=_table("forces", forces),
         stress=stress,
-        magmoms=None if magmoms is None else np.asarray(magmoms, dtype=np.float64),
+        magmoms=_table("magmoms", magmoms),
     )
+
+
+def _table(name: str, values: ArrayLike | None) -> NDArray[np.float64] | None:
+    try:
+        return None if values is None else np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"the {name} are not a table of numbers") from None

@@ -28,6 +28,19 @@ MAX_ASYMMETRY = 0.01
 """Largest |stress - stress^T| relative to max |stress|; files round each component on its own."""
 
 
+MAX_LABEL = 1e12
+"""Larger numbers, in eV, A and mu_B, are a broken file; float32, in which they are stored, ends at 3e38."""
+
+MAX_LENGTH = 1e4
+"""Longest periodic lattice vector, and widest extent along an open axis, A.
+
+Beyond it float32 is coarser than 1e-3 A, and the cells of the neighbour search become too many.
+"""
+
+MAX_POSITION = 1e6
+"""Farthest from the origin, A; beyond it float64 is coarser than 1e-10 A, which wrapping would lose."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """A crystal and its labels, in internal units; a missing label is NaN (scalar) or None (array)."""
@@ -57,6 +70,8 @@ class Frame:
         unknown = self.numbers[(self.numbers < 1) | (self.numbers > MAX_ATOMIC_NUMBER)]
         if len(unknown):
             return f"unknown element Z = {unknown[0]}; known are 1 to {MAX_ATOMIC_NUMBER}"
+        if self.pbc.shape != (3,):
+            return f"pbc has shape {self.pbc.shape}, expected (3,)"
         for name, value, shape in (
             ("positions", self.positions, (n, 3)),
             ("cell", self.cell, (3, 3)),
@@ -70,13 +85,19 @@ class Frame:
                 return f"{name} have shape {value.shape}, expected {shape}"
             if not np.isfinite(value).all():
                 return f"{name} contain NaN or infinity"
+            if np.abs(value).max() > MAX_LABEL:
+                return f"{name} contain numbers above {MAX_LABEL:g}"
         if np.isinf(self.energy):
             return "energy is infinite"
+        if abs(self.energy) > MAX_LABEL:
+            return f"energy is above {MAX_LABEL:g} eV"
         return None
 
     def _unphysical(self) -> str | None:
         if _flat(self.cell[self.pbc]):
             return "the cell has no volume although it is periodic"
+        if reason := _too_large(self.positions, self.cell, self.pbc):
+            return reason
         i, j, distance = _closest(self.positions, self.cell, self.pbc)
         if distance < MIN_DISTANCE:
             return f"atoms {i} and {j} overlap: {distance:.3f} A apart, the least is {MIN_DISTANCE} A"
@@ -87,9 +108,12 @@ class Frame:
         return None
 
 
+_SYMBOLS = dict(enumerate(chemical_symbols))
+
+
 def reduced_formula(numbers: Iterable[int]) -> str:
     """Write a composition with the smallest whole numbers, elements in alphabetical order."""
-    counts = Counter(chemical_symbols[number] for number in numbers)
+    counts = Counter(_SYMBOLS.get(number, f"Z{number}") for number in numbers)
     divisor = gcd(*counts.values())
     return "".join(
         symbol + (str(count // divisor) if count > divisor else "")
@@ -117,6 +141,21 @@ def _flat(vectors: NDArray[np.float64]) -> bool:
         return True
     unit = vectors / lengths[:, None]
     return bool(np.linalg.det(unit @ unit.T) < MIN_VOLUME_RATIO**2)
+
+
+def _too_large(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
+) -> str | None:
+    """Say which length no crystal has."""
+    if np.abs(positions).max() > MAX_POSITION:
+        return f"an atom is farther than {MAX_POSITION:g} A from the origin"
+    if np.linalg.norm(cell[pbc], axis=1).max(initial=0) > MAX_LENGTH:
+        return f"a lattice vector is longer than {MAX_LENGTH:g} A"
+    if not pbc.all():
+        along_open_axes = (positions @ np.linalg.inv(periodic_box(cell, pbc)))[:, ~pbc]
+        if np.ptp(along_open_axes, axis=0).max() > MAX_LENGTH:
+            return f"the atoms are more than {MAX_LENGTH:g} A apart along an axis that is not periodic"
+    return None
 
 
 def _closest(

@@ -71,6 +71,8 @@ def _scan_mptrj(file: IO[bytes], name: str, options: ReadOptions) -> Iterator[tu
             source = f"{name}:{frame_id}"
 
             def build(frame: Json = frame, source: str = source, mp_id: str = mp_id) -> Frame:
+                if not isinstance(frame, dict):
+                    raise ValueError("holds no structure and labels")
                 labels = {
                     "energy": frame[options.energy_key] if options.energy_key else None,
                     "forces": frame.get("force") if options.forces_key else None,
@@ -85,7 +87,7 @@ def _scan_mptrj(file: IO[bytes], name: str, options: ReadOptions) -> Iterator[tu
 def _scan_pymatgen(
     file: IO[bytes], name: str, options: ReadOptions
 ) -> Iterator[tuple[str, Frame | InputError]]:
-    is_list = file.read(64).lstrip()[:1] == b"["
+    is_list = next(iter(_ijson().basic_parse(file)))[0] == "start_array"
     file.seek(0)
     for index, item in enumerate(_ijson().items(file, "item" if is_list else "", use_float=True)):
         source = f"{name}:{index}"
@@ -98,9 +100,9 @@ def _from_pymatgen(item: Json, source: str, options: ReadOptions) -> Frame:
     Labels stand, in this order, in the entry, its `data`, and the structure's `properties` and
     site properties.
     """
-    structure = item.get("structure", item)
+    structure = _mapping(item).get("structure", item)
     if not isinstance(structure, dict) or "sites" not in structure:
-        found = item.get("@class", "no @class")
+        found = _mapping(item).get("@class", "no @class")
         raise ValueError(f"neither a Structure nor a ComputedStructureEntry: {found}")
     entry = item if "structure" in item else {}
     data = {**_mapping(structure.get("properties")), **_mapping(entry.get("data")), **entry}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -158,6 +159,11 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a file as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def printable(path: Path | str) -> str:
+    """Write a path as text, whatever bytes it has."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def one_line(error: Exception) -> str:

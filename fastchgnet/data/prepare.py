@@ -9,7 +9,7 @@ from pathlib import Path
 from fastchgnet.config import Config, Provenance
 from fastchgnet.data.formats import Meter, ReadOptions, detect_format, scan_frames
 from fastchgnet.data.frame import Frame
-from fastchgnet.data.layout import SKIPPED, Counts, Plan, Source
+from fastchgnet.data.layout import SKIPPED, Counts, Plan, Source, printable
 from fastchgnet.data.pressure import PressureCheck, check_pressure
 from fastchgnet.data.store import Store, write_store
 from fastchgnet.errors import InputError
@@ -91,13 +91,14 @@ def _scan(files: Sequence[Path], options: ReadOptions, meter: Meter) -> Iterator
     """Chain the files; each is called by its path below the folder they share."""
     shared = os.path.commonpath([file.absolute().parent for file in files])
     for file in files:
-        yield from scan_frames(file, options, os.path.relpath(file.absolute(), shared), meter)
+        name = printable(os.path.relpath(file.absolute(), shared))
+        yield from scan_frames(file, options, name, meter)
 
 
 def _source(path: Path, files: Sequence[Path], known: ReadOptions) -> Source:
     stats = [file.stat() for file in files]
     return Source(
-        name=path.name,
+        name=printable(path.name),
         format=str(known.format),
         energy=str(known.energy_key),
         stress=f"{known.stress_unit}, positive = {known.stress_sign}",

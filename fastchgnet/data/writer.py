@@ -105,10 +105,10 @@ class _Writer:
 
     def __init__(self, out: Path, plan: Plan, skip_bad: bool) -> None:
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
         self.skip_bad = skip_bad
         if out.exists():
             raise InputError(f"{out}: exists already; choose another name or remove it")
+        self.folder = out.with_name(out.name + ".partial")
         self.journal = self._resume(plan)
         self.resumable = self.journal.n_seen > 0
         try:
@@ -316,13 +316,15 @@ def _voigt(frame: Frame) -> NDArray[np.float64]:
 
 
 def _near_origin(frame: Frame) -> NDArray[np.float64]:
-    """Wrap atoms far from the origin into the cell, along its periodic axes, before rounding to float32."""
+    """Bring atoms far from the origin near it, before rounding to float32.
+
+    Along periodic axes each is wrapped into the cell; along the others the frame moves as a whole.
+    """
     far = np.linalg.norm(frame.positions, axis=1) > FAR
-    if not far.any() or not frame.pbc.any():
+    if not far.any():
         return frame.positions
     box = periodic_box(frame.cell, frame.pbc)
-    images = np.floor(frame.positions[far] @ np.linalg.inv(box))
-    images[:, ~frame.pbc] = 0
-    positions = frame.positions.copy()
-    positions[far] -= images @ box
-    return positions
+    fractions = frame.positions @ np.linalg.inv(box)
+    shift = np.where(far[:, None], np.floor(fractions), 0)
+    shift[:, ~frame.pbc] = fractions[:, ~frame.pbc].mean(axis=0)
+    return frame.positions - shift @ box
