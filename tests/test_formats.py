@@ -69,6 +69,15 @@ def test_absent_labels_stay_absent(tmp_path: Path) -> None:
     assert frame.forces is None and frame.stress is None and frame.magmoms is None
 
 
+@pytest.mark.parametrize("empty", ["", '""', "''", "[]"])
+def test_an_empty_value_does_not_swallow_the_next_key(tmp_path: Path, empty: str) -> None:
+    """ASE writes empty text as `note=`, and reads the key behind it as its value."""
+    text = GOOD.replace("energy", f'note={empty} pbc="T T F" config_type={empty} energy')
+    (tmp_path / "empty.xyz").write_text(text)
+    (frame,) = read_frames(tmp_path / "empty.xyz")
+    assert frame.pbc.tolist() == [True, True, False] and frame.energy == -1 and frame.config_type == "default"
+
+
 def test_keys_units_and_sign_of_a_generic_file(tmp_path: Path) -> None:
     atoms = bulk("Cu")
     atoms.info.update(REF_energy=-3.5, REF_stress=np.diag([1.0, 2.0, 3.0]), group="copper", mp_id="mp-30")
@@ -243,6 +252,7 @@ HALF = "".join(GOOD.splitlines(keepends=True)[:2])
         ("cut_number.xyz", GOOD[:-1], "cut_number.xyz:0: the last line has no end"),
         ("no_pos.xyz", GOOD.replace("pos:", "foo:"), "no_pos.xyz:0: no positions"),
         ("pbc.xyz", GOOD.replace("energy", 'pbc="yes no no" energy'), "pbc.xyz:0: pbc is yes no no"),
+        ("quote.xyz", GOOD.replace("energy", "by=O'Neil energy"), "quote.xyz:0: energy is no key of its own"),
         ("stress.xyz", GOOD.replace("energy", 'stress="0 1 0 0 0 0 0 0 0" energy'), "is not symmetric"),
         ("beyond.xyz", GOOD.replace("species:S", "Z:I").replace("Cu", "119"), "beyond.xyz:0: "),
         ("empty.xyz", "", "empty.xyz: the file is empty"),

@@ -1,14 +1,32 @@
-"""What is wrong with a frame of an extended-XYZ file that ASE would read without a word."""
+"""What ASE would read wrongly, without a word, in a frame of an extended-XYZ file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+_EMPTY = re.compile(r"""(?:^|(?<=\s))[^\s="']+=(?:""|''|\[\]|\{\})?(?=\s+[A-Za-z_]\w*=)""")
+"""A key without a value, before another key."""
 
-def malformed(header: Mapping[str, object], block: Sequence[str]) -> str | None:
-    """Say what is wrong with the lines of a frame, the first its number of atoms, the second its header."""
+
+def without_empty_values(line: str) -> str:
+    """Drop keys without a value, as ASE writes empty text: its reader takes the next key for the value."""
+    return _EMPTY.sub("", line)
+
+
+def malformed(header: Mapping[str, object], block: Sequence[str], keys: Iterable[str]) -> str | None:
+    """Say what is wrong with a frame.
+
+    Args:
+        header: The second line as ASE parsed it.
+        block: The lines of the frame; the first is its number of atoms.
+        keys: Where labels stand.
+    """
+    for key in filter(None, ("Lattice", "Properties", "pbc", *keys)):
+        if key not in header and re.search(rf"(?:^|\s){re.escape(key)}\s*=", block[1]):
+            return f"{key} is no key of its own in the header; is a quote missing?"
     pbc = np.asarray(header.get("pbc", True))
     if pbc.dtype.kind not in "bi" or pbc.shape not in ((), (3,)):
         return f"pbc is {header['pbc']}, expected T or F for each of three axes"

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, ValidationError
 
 from fastchgnet.config import Config
-from fastchgnet.data.extxyz import malformed
+from fastchgnet.data.extxyz import malformed, without_empty_values
 from fastchgnet.data.frame import Frame, reduced_formula
 from fastchgnet.data.layout import one_line
 from fastchgnet.errors import InputError
@@ -257,8 +257,10 @@ def _parse_extxyz(block: list[str], source: str, options: ReadOptions) -> Frame:
     """Let ASE parse one frame, having looked for what it would pass over without a word."""
     from ase.io.extxyz import key_val_str_to_dict, read_extxyz
 
+    block[1] = without_empty_values(block[1])
     header = key_val_str_to_dict(block[1])
-    if flaw := malformed(header, block):
+    keys = (options.energy_key or "", options.forces_key, options.stress_key, options.magmoms_key)
+    if flaw := malformed(header, block, keys):
         raise ValueError(flaw)
     atoms = next(read_extxyz(io.StringIO("".join(block))))
     if atoms.calc is not None and "stress" in atoms.calc.results:
