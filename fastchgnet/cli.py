@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,7 +89,8 @@ def predict(
         with progress_bar("predict", len(crystals)) as progress:
             done, failed = predict_crystals(load(model, device, dtype), crystals, batch_size, progress)
         errors += failed
-        show_predictions(done, out, as_json)
+        if done:
+            show_predictions(done, out, as_json)
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     if errors:
@@ -182,6 +184,7 @@ def inspect(
 
 def main() -> None:
     """Run the command line; bad input ends in one line and status 2."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
     except InputError as error:

@@ -183,9 +183,7 @@ class Pairs(NamedTuple):
 
 def compare(systems: Systems, labels: Labels, output: Output) -> dict[str, Pairs]:
     """Pair the labels of a batch that are present with predictions, by quantity."""
-    n_systems = len(systems.n_atoms)
-    system = torch.arange(n_systems)
-    atom = system.repeat_interleave(torch.tensor(systems.n_atoms))
+    system, atom = torch.arange(systems.n_systems), systems.atom_system
     periodic = systems.pbc.all(dim=1)[:, None, None]
     stress = torch.where(periodic, labels.stress, torch.nan)
     return {
@@ -314,9 +312,8 @@ def _energy_errors(
 
 def _linear_energy(per_element: Tensor, systems: Systems) -> Tensor:
     """Sum an energy per element over each system, [S] eV."""
-    system = torch.arange(len(systems.n_atoms)).repeat_interleave(torch.tensor(systems.n_atoms))
     site = per_element[systems.atomic_number - 1]
-    return site.new_zeros(len(systems.n_atoms)).index_add(0, system, site)
+    return site.new_zeros(systems.n_systems).index_add(0, systems.atom_system, site)
 
 
 def _refuse_not_finite(pairs: dict[str, Pairs], store: Store, indices: Integers) -> None:

@@ -47,6 +47,11 @@ class Systems(_Tensors):
         """Number of crystals."""
         return len(self.n_atoms)
 
+    @property
+    def atom_system(self) -> Tensor:
+        """The system of each atom, [A], on the host."""
+        return torch.arange(self.n_systems).repeat_interleave(torch.tensor(self.n_atoms, dtype=torch.int64))
+
 
 @dataclass(frozen=True, slots=True)
 class Batch(_Tensors):

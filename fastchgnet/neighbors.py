@@ -145,7 +145,7 @@ def build_graph(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> Bat
     volume = torch.linalg.det(systems.cell).abs()
     return Batch(
         atomic_number=systems.atomic_number,
-        atom_system=torch.arange(systems.n_systems).repeat_interleave(n_atoms),
+        atom_system=systems.atom_system,
         n_atoms=n_atoms,
         cell=systems.cell,
         volume=volume.where(systems.pbc.all(1), torch.nan),
@@ -169,7 +169,7 @@ def graph_sizes(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> NDA
     bonds = _find_bonds(systems, atom_cutoff, bond_cutoff)
     n_systems = systems.n_systems
     n_atoms = torch.tensor(systems.n_atoms, dtype=torch.int64)
-    atom_system = torch.arange(n_systems).repeat_interleave(n_atoms)
+    atom_system = systems.atom_system
     short = slice(None, bonds.n_short)
     edges = 2 * torch.bincount(atom_system[bonds.center], minlength=n_systems)
     short_bonds = torch.bincount(atom_system[bonds.center[short]], minlength=n_systems)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.config import ModelConfig, Provenance
+from fastchgnet.device import pick_device
 from fastchgnet.errors import InputError
 from fastchgnet.potential import Potential
 from fastchgnet.weights import load_potential, save_potential
@@ -140,15 +141,19 @@ def load(
     """
     if dtype not in ("float32", "float64"):
         raise InputError(f"dtype {dtype}: choose float32 or float64")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    potential = load_potential(weights_path(name_or_path))
+    return potential.to(pick_device(device), getattr(torch, dtype))
+
+
+def weights_path(name_or_path: str | Path) -> Path:
+    """Return the file of a published model, fetched on first use, or the path that was given.
+
+    Raises:
+        InputError: neither a file nor a published name, or weights that cannot be fetched.
+    """
     name = str(name_or_path)
     is_file = isinstance(name_or_path, Path) or name.endswith(".safetensors") or Path(name).exists()
-    potential = load_potential(name if is_file and name not in PUBLISHED else fetch_published(name))
-    try:
-        return potential.to(device, getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device}: {str(error).splitlines()[0]}") from error
+    return Path(name) if is_file and name not in PUBLISHED else fetch_published(name)
 
 
 def fetch_published(name: str) -> Path:
@@ -212,7 +217,8 @@ def read_published(checkpoint: Published, folder: Path) -> Potential:
         raise InputError(f"{path}: sha256 is {found}, the published checkpoint has {checkpoint.sha256}")
     source = torch.load(path, map_location="cpu", weights_only=True)["model"]["state_dict"]
     references = source.pop("composition_model.fc.weight")[0].double()
-    potential = Potential(checkpoint.config, references, checkpoint.provenance)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        potential = Potential(checkpoint.config, references, checkpoint.provenance)
     potential.model.load_state_dict(to_our_layout(source))
     return potential.eval()
 

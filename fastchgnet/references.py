@@ -73,8 +73,7 @@ def fit_references(chunks: Iterable[tuple[Systems, Tensor]]) -> References:
 def _rows(systems: Systems, energy: Tensor) -> Tensor:
     """Return [S, 95]: atomic fractions and energy per atom of the crystals that have one."""
     n_atoms = torch.tensor(systems.n_atoms, dtype=torch.float64)
-    system = torch.repeat_interleave(torch.arange(systems.n_systems), n_atoms.long())
-    cell = system * MAX_ATOMIC_NUMBER + systems.atomic_number - 1
+    cell = systems.atom_system * MAX_ATOMIC_NUMBER + systems.atomic_number - 1
     counts = torch.bincount(cell, minlength=systems.n_systems * MAX_ATOMIC_NUMBER)
     fractions = counts.view(-1, MAX_ATOMIC_NUMBER) / n_atoms[:, None]
     rows = torch.cat([fractions, (energy.double() / n_atoms)[:, None]], dim=1)

@@ -345,7 +345,7 @@ def test_the_command_line_trains_and_refuses(
     for arguments, message in (
         ((), "already holds a run"),
         (("--set", "optim.lr=1"), "unknown key optim.lr"),
-        (("--set", "train.device=gpu7"), "train.device: gpu7 cannot be used"),
+        (("--set", "train.device=gpu7"), "device gpu7 cannot be used"),
         (("--set", f"data.train={tmp_path}"), "no store here"),
     ):
         elsewhere = ("--set", f"train.out={tmp_path / 'elsewhere'}") if arguments else ()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastchgnet.config import RunConfig, load_run_config
+from fastchgnet.device import pick_device
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 from fastchgnet.graph import Batch, Labels
@@ -32,7 +33,6 @@ from fastchgnet.train.setup import (
     blank_potential,
     first_potential,
     open_frames,
-    pick_device,
     reproducible,
     resolve,
 )
@@ -122,6 +122,9 @@ def _find_state(config: RunConfig, resume: bool) -> State | None:
     """Load the state of the run in the folder, having made sure that it is this run."""
     folder = config.train.out
     if not (folder / "config.yaml").exists():
+        leftover = load_state(folder / "state")
+        if leftover is not None and leftover[1].step > 0:
+            raise InputError(f"{folder}: holds states but no config.yaml; choose another train.out")
         return None
     if not resume:
         raise InputError(f"{folder}: already holds a run; --resume continues it, or choose another train.out")

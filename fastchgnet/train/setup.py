@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from fastchgnet.data.store import Store
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Labels, Systems
 from fastchgnet.potential import Potential
-from fastchgnet.published import PUBLISHED, fetch_published
+from fastchgnet.published import PUBLISHED, weights_path
 from fastchgnet.references import References, fit_references
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 from fastchgnet.weights import load_potential, read_header
@@ -76,20 +75,6 @@ def open_frames(config: DataConfig) -> tuple[Frames, Frames]:
     return train, val
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` is a GPU where there is one.
-
-    Raises:
-        InputError: this machine, or this build of torch, has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"train.device: {name} cannot be used ({str(error).splitlines()[0]})") from error
-
-
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
     """Make equal steps equal bit for bit on a CPU, whatever its threads do, and leave a GPU its speed.
@@ -97,43 +82,49 @@ def reproducible(device: torch.device) -> Iterator[None]:
     Without this the gradient of indexing adds rows in the order in which threads arrive.
     """
     settings: Any = torch.utils.deterministic  # a module whose attribute is made at run time
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         settings.fill_uninitialized_memory = False  # finds mistakes, costs time, changes no result
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        settings.fill_uninitialized_memory = before[1]
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in the model of the weights that the run starts from.
+    """Fill in the model of the weights that the run starts from, and where they are.
 
     Raises:
-        InputError: the model section contradicts these weights in more than the readout.
+        InputError: there are no such weights, or the model section contradicts them in more than the
+            readout.
     """
     if config.train.init is None:
         return config
-    start = read_header(_weights_path(config.train.init)).config
+    path = weights_path(config.train.init)
+    start = read_header(path).config
     asked = {field: getattr(config.model, field) for field in config.model.model_fields_set}
     differing = sorted(field for field, value in asked.items() if value != getattr(start, field))
     if set(differing) - _FINISHING:
         fields = ", ".join(f"model.{field}" for field in differing if field not in _FINISHING)
         raise InputError(f"{fields}: not as in the weights of train.init, {config.train.init}")
     model = ModelConfig(**{**start.model_dump(), **asked})
-    return config.model_copy(update={"model": model})
+    # a resumed run may be started from another folder
+    init = config.train.init if config.train.init in PUBLISHED else str(path.absolute())
+    train = config.train.model_copy(update={"init": init})
+    return config.model_copy(update={"model": model, "train": train})
 
 
 def blank_potential(config: RunConfig, train: Frames, device: torch.device) -> Potential:
     """Build the potential of a resolved run with the seed's initial weights and no reference energies."""
-    data = train.store.header.plan.provenance
+    data, init = train.store.header.provenance, config.train.init
     provenance = Provenance(
         name=config.train.out.name,
         functional=data.functional,
         energy_correction=data.energy_correction,
-        source=f"trained on {data.name}" + (f", from {config.train.init}" if config.train.init else ""),
+        source=f"trained on {data.name}" + (f", from {init}" if init else ""),
+        licence=read_header(weights_path(init)).provenance.licence if init else "",
     )
     # The caller's random numbers stay as they were.
     with torch.random.fork_rng(devices=[]):
@@ -154,7 +145,7 @@ def first_potential(config: RunConfig, train: Frames, device: torch.device) -> P
     """
     potential = blank_potential(config, train, device)
     if config.train.init is not None:
-        start = load_potential(_weights_path(config.train.init)).to(device)
+        start = load_potential(weights_path(config.train.init)).to(device)
         weights = {name: t for name, t in start.state_dict().items() if name in potential.state_dict()}
         potential.load_state_dict(weights, strict=False)
         _warn_of_other_energies(config, start.provenance, potential.provenance)
@@ -177,10 +168,6 @@ def _remainders(potential: Potential, train: Frames, size: int) -> Iterator[tupl
     for systems, labels in train.chunks(size):
         predicted = potential(potential.build_graph(systems)).energy.cpu()
         yield systems, labels.energy - predicted
-
-
-def _weights_path(name: str) -> Path:
-    return fetch_published(name) if name in PUBLISHED else Path(name)
 
 
 def _warn_of_other_energies(config: RunConfig, start: Provenance, data: Provenance) -> None:

@@ -1,0 +1,22 @@
+"""Where tensors live."""
+
+from __future__ import annotations
+
+import torch
+
+from fastchgnet.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` is a GPU where there is one.
+
+    Raises:
+        InputError: this machine, or this build of torch, has no such device, or it lacks float64, in
+            which energies are summed.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, dtype=torch.float64, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device {name} cannot be used ({str(error).splitlines()[0]})") from error
