@@ -115,7 +115,7 @@ def evaluate(
     from fastchgnet.published import load
     from fastchgnet.report import progress_bar, show_evaluation
 
-    potential, data = load(model, device, dtype), Store(store)
+    potential, data = load(model, device, dtype), Store.verified(store)
     indices = data.split(split, seed)
     with progress_bar("evaluate", len(indices)) as progress:
         evaluation = evaluate(potential, data, indices, batch_size, progress)
@@ -175,7 +175,7 @@ def inspect(
     from fastchgnet.data import report
     from fastchgnet.data.store import Store
 
-    opened = Store(store)
+    opened = Store.verified(store)
     if png:
         report.plot(opened, png)
     found = report.inspect(opened)

@@ -230,15 +230,35 @@ def test_damage_is_found(tmp_path: Path) -> None:
         Store(tmp_path / "store")
     forces.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(InputError, match=r"forces\.npy: damaged"):
-        Store(tmp_path / "store").verify()
+        Store.verified(tmp_path / "store")
     np.save(forces, np.zeros((3, 3), np.float32))
     with pytest.raises(InputError, match="the header wants"):
         Store(tmp_path / "store")
 
 
+def test_swapped_arrays_are_found(tmp_path: Path) -> None:
+    """Both have the same type and shape; only their hashes tell."""
+    write_store(labelled_frames(2), tmp_path / "store", PROVENANCE)
+    position, forces = (tmp_path / "store" / f"{name}.npy" for name in ("position", "forces"))
+    held = position.read_bytes()
+    position.write_bytes(forces.read_bytes())
+    forces.write_bytes(held)
+    with pytest.raises(InputError, match=r"position\.npy: damaged"):
+        Store.verified(tmp_path / "store")
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"schema_version": 0}, "schema version 0"), ({"colour": "red"}, "not the header of a store")],
+    [
+        ({"schema_version": 0}, "schema version 0"),
+        (
+            {"schema_version": "x"},
+            "not the header of a store: schema_version: Input should be a valid integer",
+        ),
+        ({"colour": "red"}, "not the header of a store"),
+        ({"arrays": {}}, "not the header of a store"),
+        ({"config_types": ["bulk"]}, "config_type does not fit the header"),
+    ],
 )
 def test_foreign_headers_are_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
     write_store(labelled_frames(2), tmp_path / "store", PROVENANCE)

@@ -115,6 +115,11 @@ class Header(Config):
             raise InputError(f"{folder}: no store here, {HEADER} is missing") from None
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             raise InputError(f"{path}: not the header of a store: {one_line(error)}") from error
+        if header.arrays.keys() != ARRAYS.keys():
+            other = ", ".join(sorted(header.arrays.keys() ^ ARRAYS.keys()))
+            raise InputError(
+                f"{path}: not the header of a store: lacks or has beside the known arrays {other}"
+            )
         if header.schema_version != SCHEMA_VERSION:
             raise InputError(
                 f"{path}: schema version {header.schema_version}, this program reads {SCHEMA_VERSION}; "
@@ -167,5 +172,8 @@ def printable(path: Path | str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Squeeze the message of an exception into one line."""
+    """Squeeze the message of an exception into one line; of pydantic's, take the first flaw."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
     return " ".join(str(error).split()) or type(error).__name__

@@ -42,7 +42,16 @@ class Store:
         for fence, rows in (("pointer", "position"), ("id_pointer", "id_text")):
             if self._arrays[fence][-1] != len(self._arrays[rows]):
                 raise InputError(f"{self.path}: {fence} does not fit {rows}; prepare the store again")
+        if self._arrays["config_type"].max(initial=0) >= len(self.header.config_types):
+            raise InputError(f"{self.path}: config_type does not fit the header; prepare the store again")
         self.sizes = self._arrays["sizes"]
+
+    @classmethod
+    def verified(cls, path: Path | str) -> Store:
+        """Open a store after `verify`, which takes about a second for each gigabyte."""
+        store = cls(path)
+        store.verify()
+        return store
 
     def __len__(self) -> int:
         """Count the frames."""

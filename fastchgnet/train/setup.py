@@ -61,13 +61,13 @@ def open_frames(config: DataConfig) -> tuple[Frames, Frames]:
     """Open the training and the validation frames: two stores, or two splits of one.
 
     Raises:
-        InputError: a folder is no store, or one of the two has no frames.
+        InputError: a folder is no store, or damaged, or one of the two has no frames.
     """
-    store = Store(config.train)
+    store = Store.verified(config.train)
     if config.val is None:
         train, val = (Frames(store, store.split(name, config.split_seed)) for name in ("train", "val"))
     else:
-        other = Store(config.val)
+        other = Store.verified(config.val)
         train, val = Frames(store, np.arange(len(store))), Frames(other, np.arange(len(other)))
     for name, frames in (("training", train), ("validation", val)):
         if not len(frames.indices):
