@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from fastchgnet.errors import InputError
@@ -17,12 +25,18 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().abs
 
 
 class Config(BaseModel):
-    """A frozen section of a run's configuration."""
+    """A frozen record of known keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelConfig(Config):
+class Section(Config):
+    """A section of a run's configuration; its numbers are finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class ModelConfig(Section):
     """Where published checkpoints differ, and what we ablate; everything else is code (docs/model.md)."""
 
     readout: Literal["conservative", "direct"] = Field(
@@ -40,21 +54,25 @@ class ModelConfig(Config):
     angular_basis: Literal["fourier", "chebyshev"] = Field(
         "fourier", description="Learnable Fourier series in the angle, or polynomials in its cosine."
     )
-    atom_cutoff: float = Field(6.0, gt=0, description="Radius within which atoms see each other, A.")
+    atom_cutoff: float = Field(6.0, gt=0, le=20, description="Radius within which atoms see each other, A.")
     bond_cutoff: float = Field(3.0, gt=0, description="Radius of the bonds that form angles, A.")
     n_radial: int = Field(31, gt=0, description="Radial basis functions.")
     n_angular: int = Field(31, gt=0, description="Angular basis functions; odd for the Fourier series.")
     envelope_p: int = Field(8, gt=0, description="Order p of the cutoff envelope.")
     norm: bool = Field(True, description="LayerNorm in gated MLPs and before the energy readout.")
-    readout_hidden: tuple[int, ...] = Field((64, 64, 64), description="Hidden widths of the energy readout.")
+    readout_hidden: tuple[PositiveInt, ...] = Field(
+        (64, 64, 64), description="Hidden widths of the energy readout."
+    )
     output_bias: bool = Field(False, description="Bias behind each convolution, as in CHGNet 0.2.0.")
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
         if self.bond_cutoff > self.atom_cutoff:
             raise ValueError("bond_cutoff must not exceed atom_cutoff")
-        if self.angular_basis == "fourier" and self.n_angular % 2 == 0:
-            raise ValueError("n_angular must be odd for the Fourier basis: a constant, sines and cosines")
+        if self.angular_basis == "fourier" and (self.n_angular % 2 == 0 or self.n_angular < 3):
+            raise ValueError(
+                "n_angular must be 3, 5, ... for the Fourier basis: a constant, sines and cosines"
+            )
         if self.shared_layer_norm and not self.norm:
             raise ValueError("shared_layer_norm needs norm: true")
         return self
@@ -72,7 +90,7 @@ class Provenance(Config):
     licence: str = Field("", description="Licence of the weights.")
 
 
-class LossConfig(Config):
+class LossConfig(Section):
     """Weights of the four targets: a preset, and single weights that replace those of the preset."""
 
     preset: Literal["paper", "chgnet"] = Field(
@@ -94,7 +112,7 @@ class LossConfig(Config):
         return tuple(p if o is None else o for o, p in zip(own, preset, strict=True))
 
 
-class OptimConfig(Config):
+class OptimConfig(Section):
     """Adam, its learning rate over the run, and what keeps the steps steady."""
 
     learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate.")
@@ -112,7 +130,7 @@ class OptimConfig(Config):
     )
 
 
-class DataConfig(Config):
+class DataConfig(Section):
     """Where the frames come from and how many make a batch."""
 
     train: AbsolutePath = Field(description="Store of training frames, from `fastchgnet prepare`.")
@@ -123,12 +141,14 @@ class DataConfig(Config):
     batch_size: int = Field(32, gt=0, description="Most frames in a batch.")
 
 
-class TrainConfig(Config):
+class TrainConfig(Section):
     """The run: where it is kept, how long it is, what it starts from."""
 
     out: AbsolutePath = Field(description="Folder of the run.")
     epochs: int = Field(30, gt=0, description="Passes over the training frames.")
-    seed: int = Field(0, ge=0, description="Seed of the initial weights and of the order of the frames.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of the initial weights and of the order of the frames."
+    )
     device: str = Field("auto", description="cpu, cuda, or auto: a GPU where there is one.")
     dtype: Literal["float32", "float64"] = Field("float32", description="Precision of the network.")
     init: str | None = Field(
@@ -148,7 +168,7 @@ class TrainConfig(Config):
         return self
 
 
-class RunConfig(Config):
+class RunConfig(Section):
     """Everything that decides a training run; one YAML file."""
 
     model: ModelConfig = Field(ModelConfig(), description="The network.")
@@ -169,6 +189,10 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A date that does not exist is a ValueError, and a thousand brackets exceed Python's stack.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
+
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML file, with `section.key=value` overrides, whose values are YAML too.
 
@@ -181,7 +205,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text file") from error
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise InputError(f"{path}: not YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected sections with keys, such as `train:` with `out: FOLDER`")
@@ -206,7 +230,7 @@ def _override(values: dict[str, object], override: str) -> None:
         values = inner
     try:
         values[key] = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise InputError(f"--set {override}: not YAML: {_one_line(error)}") from error
 
 
@@ -220,5 +244,5 @@ def _describe(error: ErrorDetails) -> str:
     return f"{name}: {error['msg'].removeprefix('Value error, ')}"
 
 
-def _one_line(error: yaml.YAMLError) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())

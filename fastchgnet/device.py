@@ -17,6 +17,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, dtype=torch.float64, device=name).device
+        number = torch.zeros(1, dtype=torch.float64, device=name)
+        number.cpu()  # the device "meta" holds no numbers
+        return number.device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device {name} cannot be used ({str(error).splitlines()[0]})") from error

@@ -346,6 +346,7 @@ def test_the_command_line_trains_and_refuses(
         ((), "already holds a run"),
         (("--set", "optim.lr=1"), "unknown key optim.lr"),
         (("--set", "train.device=gpu7"), "device gpu7 cannot be used"),
+        (("--set", "train.device=meta"), "device meta cannot be used"),
         (("--set", f"data.train={tmp_path}"), "no store here"),
     ):
         elsewhere = ("--set", f"train.out={tmp_path / 'elsewhere'}") if arguments else ()

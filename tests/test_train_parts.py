@@ -70,6 +70,17 @@ def test_overrides_are_yaml_and_make_sections(tmp_path: Path) -> None:
         ("data: {train: a}\ntrain: {out: b}", ["data.train.x=1"], "data.train is not a section"),
         ("data: {train: a}\ntrain: {out: b}", ["optim.ema_decay=["], "not YAML"),
         ("data: {train: a}\ntrain: {out: b, references: keep}", [], "references: keep needs init"),
+        ("data: {train: a}\ntrain: {out: b}", ["optim.learning_rate=.inf"], "should be a finite number"),
+        ("data: {train: a}\ntrain: {out: b}", ["model.atom_cutoff=500"], "less than or equal to 20"),
+        ("data: {train: a}\ntrain: {out: b}", ["model.readout_hidden=[-4]"], "greater than 0"),
+        ("data: {train: a}\ntrain: {out: b}", ["model.n_angular=1"], "n_angular must be 3, 5, ..."),
+        (
+            f"data: {{train: a}}\ntrain: {{out: b, seed: {2**63}}}",
+            [],
+            "train.seed: Input should be less than",
+        ),
+        ("data: {train: a}\ntrain: {out: 2020-99-99}", [], "not YAML"),
+        ("[" * 5000, [], "not YAML"),
     ],
 )
 def test_mistakes_are_named_in_one_line(
