@@ -56,8 +56,10 @@ class ModelConfig(Section):
     )
     atom_cutoff: float = Field(6.0, gt=0, le=20, description="Radius within which atoms see each other, A.")
     bond_cutoff: float = Field(3.0, gt=0, description="Radius of the bonds that form angles, A.")
-    n_radial: int = Field(31, gt=0, description="Radial basis functions.")
-    n_angular: int = Field(31, gt=0, description="Angular basis functions; odd for the Fourier series.")
+    n_radial: int = Field(31, gt=0, le=1000, description="Radial basis functions.")
+    n_angular: int = Field(
+        31, gt=0, le=1000, description="Angular basis functions; odd for the Fourier series."
+    )
     envelope_p: int = Field(8, gt=0, description="Order p of the cutoff envelope.")
     norm: bool = Field(True, description="LayerNorm in gated MLPs and before the energy readout.")
     readout_hidden: tuple[PositiveInt, ...] = Field(

@@ -145,6 +145,9 @@ def _mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> st
         if found[name].shape != tensor.shape:
             shapes = f"{tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
             return f"a checkpoint of another architecture: {name} has shape {shapes}"
+    precisions = {tensor.dtype for name, tensor in found.items() if name != "references"}
+    if precisions not in ({torch.float32}, {torch.float64}) or found["references"].dtype != torch.float64:
+        return "not the precision FastCHGNet writes: weights in float32 or float64, references in float64"
     return None
 
 

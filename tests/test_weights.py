@@ -178,6 +178,8 @@ def test_foreign_metadata(path: Path, metadata: dict, reason: str) -> None:
         ({"model.extra": torch.zeros(1)}, "another architecture: has the unknown model.extra"),
         ({"model.magmom.bias": torch.zeros(2)}, r"has shape \(2,\) instead of \(1,\)"),
         ({"model.magmom.bias": torch.tensor([torch.nan])}, "model.magmom.bias contains NaN or infinity"),
+        ({"model.magmom.bias": torch.zeros(1, dtype=torch.int32)}, "not the precision FastCHGNet writes"),
+        ({"references": torch.zeros(94)}, "not the precision FastCHGNet writes"),
     ],
 )
 def test_other_tensors(path: Path, change: dict, reason: str) -> None:
