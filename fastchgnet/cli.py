@@ -183,11 +183,11 @@ def inspect(
 
 
 def main() -> None:
-    """Run the command line; bad input ends in one line and status 2."""
+    """Run the command line; bad input, or a disk that is full, ends in one line and status 2."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -233,3 +234,11 @@ def test_as_a_program_good_and_bad(folder) -> None:
     bad = program("nowhere.cif")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "error: nowhere.cif: no such file\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_output_to_a_full_disk_ends_in_one_line(folder) -> None:
+    command = [sys.executable, "-m", "fastchgnet", "inspect", "store"]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == 2 and ran.stderr == "error: [Errno 28] No space left on device\n"
