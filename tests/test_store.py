@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,6 +215,19 @@ def test_full_disk_leaves_no_store_and_resumes(tmp_path: Path, store: Store) -> 
     assert not path.exists()
     write_store(labelled_frames(60), path, PROVENANCE, shard_frames=10)
     assert_same_arrays(Store(path), store)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are for POSIX")
+def test_two_writers_of_one_store_do_not_mix(tmp_path: Path) -> None:
+    def frames() -> Iterator[Frame]:
+        """While these are written, somebody else tries."""
+        for frame in labelled_frames(2):
+            with pytest.raises(InputError, match=r"another process is writing this store"):
+                write_store(labelled_frames(3), tmp_path / "store", PROVENANCE)
+            yield frame
+
+    assert write_store(frames(), tmp_path / "store", PROVENANCE).counts.n_frames == 2
+    Store.verified(tmp_path / "store")
 
 
 def test_unfinished_store_of_something_else_is_not_resumed(tmp_path: Path) -> None:
