@@ -1,11 +1,13 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and written by one process at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from fastchgnet.errors import InputError
 
@@ -42,3 +44,39 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed or the process ends; False where another process has locked it."""
+    if os.name == "posix":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # some file systems of clusters know no locks
+    return True
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder.
+
+    Raises:
+        InputError: another process is in it.
+    """
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with file:
+        if not lock(file):
+            raise InputError(f"{folder}: another process is writing here")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from fastchgnet.config import Provenance, RunConfig
 from fastchgnet.data.frame import Frame
 from fastchgnet.data.store import Store, write_store
 from fastchgnet.errors import InputError
+from fastchgnet.files import only_process
 from fastchgnet.loss import REPORT_UNITS
 from fastchgnet.train import Watcher, train
 from fastchgnet.train.checkpoint import load_state
@@ -264,6 +265,15 @@ def test_resuming_refuses_another_run(stores: Path, tmp_path: Path) -> None:
     config.write_text(config.read_text().replace(str(stores / "train"), str(stores / "shifted")))
     with pytest.raises(InputError, match="not the frames that the run"):
         train(configure(stores, out, data={"train": str(stores / "shifted")}), resume=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are for POSIX")
+def test_two_runs_in_one_folder_do_not_mix(stores: Path, tmp_path: Path) -> None:
+    config = configure(stores, tmp_path / "run")
+    with only_process(tmp_path / "run"), pytest.raises(InputError, match="another process is writing here"):
+        train(config)
+    assert list((tmp_path / "run").iterdir()) == []
+    assert train(config).finished
 
 
 def test_splits_of_one_store(stores: Path, tmp_path: Path) -> None:

@@ -222,3 +222,10 @@ def test_metrics_after_the_state_are_forgotten(tmp_path: Path) -> None:
         (2, 0.5),
         (3, 0.25),
     ]
+
+
+@pytest.mark.parametrize("line", ["{garbage", "5", '{"epoch": 1}', '{"loss": 0.5}'])
+def test_a_line_that_is_no_epoch_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"epoch": 1, "val": {{"loss": 0.5}}}}\n{line}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is not the row of an epoch"):
+        read_metrics(tmp_path)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ from fastchgnet.data.layout import (
     one_line,
 )
 from fastchgnet.errors import InputError
-from fastchgnet.files import sync_folder, write_atomically
+from fastchgnet.files import lock, sync_folder, write_atomically
 from fastchgnet.graph import Systems
 from fastchgnet.neighbors import graph_sizes
 
@@ -117,7 +116,7 @@ class _Writer:
             self.files = {name: (self.folder / f"{name}.npy").open("a+b") for name in ARRAYS}
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written: {one_line(error)}") from error
-        if not _lock(self.files["position"]):
+        if not lock(self.files["position"]):
             for file in self.files.values():
                 file.close()
             raise InputError(f"{self.folder}: another process is writing this store")
@@ -236,20 +235,6 @@ class _Writer:
         sync_folder(self.out.absolute().parent)
         (self.out / JOURNAL).unlink(missing_ok=True)
         return header
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Lock a file until it is closed or the process ends; False where another process has locked it."""
-    if os.name == "posix":
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass  # some file systems of clusters know no locks
-    return True
 
 
 def _npy_header(name: str, n_rows: int) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 
 Row = Mapping[str, object]
@@ -54,10 +55,25 @@ def read_metrics(folder: Path) -> list[dict]:
     """Return the rows of `metrics.jsonl` in the folder of a run, the first epoch first.
 
     A last line that a killed process left unfinished does not count.
+
+    Raises:
+        InputError: another line is not the row of an epoch.
     """
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+            is_epoch = "epoch" in row and "loss" in row["val"]
+        except (ValueError, TypeError, KeyError):
+            is_epoch = False
+        if not is_epoch:
+            raise InputError(f"{path}: line {number} is not the row of an epoch")
+        rows.append(row)
+    return rows
 
 
 def _flat(row: Row) -> list[tuple[str, float]]:

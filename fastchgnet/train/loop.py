@@ -21,7 +21,7 @@ from torch import Tensor
 from fastchgnet.config import RunConfig, load_run_config
 from fastchgnet.device import pick_device
 from fastchgnet.errors import InputError
-from fastchgnet.files import write_atomically
+from fastchgnet.files import only_process, write_atomically
 from fastchgnet.graph import Batch, Labels
 from fastchgnet.loss import Tally, empty_tally, tally, total_loss
 from fastchgnet.train.batches import epoch_batches, prefetch
@@ -103,7 +103,7 @@ def train(config: RunConfig, resume: bool = False, watcher: Watcher | None = Non
     state = _find_state(config, resume)
     frames = open_frames(config.data)
     device = pick_device(config.train.device)
-    with reproducible(device), stop_request() as stop:
+    with reproducible(device), only_process(config.train.out), stop_request() as stop:
         trainer = Trainer(config, *frames, device, state)
         if state is None:
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
