@@ -267,7 +267,8 @@ def _is_cached(name: str) -> bool:
     if not path.exists():
         return False
     try:
-        return load_potential(path).config == PUBLISHED[name].config
+        held, published = load_potential(path), PUBLISHED[name]
+        return held.config == published.config and held.provenance == published.provenance
     except InputError as error:
         logger.warning("importing %s anew: %s", name, error)
         return False

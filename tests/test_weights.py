@@ -251,6 +251,13 @@ def test_damaged_cache_is_renewed(cache: Path) -> None:
     assert path.stat().st_size == size
 
 
+def test_other_weights_under_a_published_name_are_replaced(cache: Path) -> None:
+    """r2scan has the configuration of 0.3.0."""
+    path = fetch_published("chgnet-0.3.0")
+    path.write_bytes(fetch_published("chgnet-r2scan").read_bytes())
+    assert load("chgnet-0.3.0").provenance.name == "chgnet-0.3.0"
+
+
 def test_many_processes_at_once(cache: Path) -> None:
     """Tasks of one job array find an empty cache together."""
     command = [sys.executable, "-c", "import fastchgnet.published as p; p.load('chgnet-0.3.0')"]
