@@ -15,12 +15,13 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase.units import GPa
+from conftest import shared_data
+from frames import labelled_atoms, labelled_frames
 
 from fastchgnet.data.formats import ReadOptions, detect_format, read_frames
 from fastchgnet.data.frame import Frame, reduced_formula
 from fastchgnet.errors import InputError
-from tests.conftest import shared_data
-from tests.frames import labelled_atoms, labelled_frames
+from fastchgnet.prediction import read_crystals
 
 
 def assert_same(frame: Frame, atoms: Atoms, tolerance: float = 1e-7) -> None:
@@ -181,6 +182,13 @@ def test_outcar(tmp_path: Path) -> None:
     assert frame.energy == pytest.approx(-8.1)
     np.testing.assert_allclose(frame.stress, -0.1 * GPa * np.diag([10.0, 20.0, 30.0]))
     np.testing.assert_array_equal(frame.forces, [[0, 0, 0.25], [0, 0, -0.25]])
+
+
+def test_frames_before_the_cut_of_a_run_keep_their_places(tmp_path: Path) -> None:
+    (tmp_path / "vasprun.xml").write_text(vasprun(3)[:-300])
+    found, errors = read_crystals([tmp_path / "vasprun.xml"])
+    assert [crystal.index for crystal in found] == [0, 1]
+    assert len(errors) == 1 and "truncated" in str(errors[0])
 
 
 def test_pymatgen_json(tmp_path: Path) -> None:

@@ -270,8 +270,7 @@ def _parse_extxyz(block: list[str], source: str, options: ReadOptions) -> Frame:
 
 def _scan_ase(path: Path, name: str, options: ReadOptions) -> Iterator[Frame | InputError]:
     """Read every frame of a file by ASE."""
-    if options.format == "vasp" and (reason := _vasp_truncated(path)):
-        yield InputError(f"{name}: {reason}")
+    cut = _vasp_truncated(path) if options.format == "vasp" else None
     index = 0
     frames = _iterate_ase(path, options)
     while True:
@@ -285,11 +284,14 @@ def _scan_ase(path: Path, name: str, options: ReadOptions) -> Iterator[Frame | I
             break
         except Exception as error:
             # A generator that has raised is finished: nothing behind this frame can be read.
-            yield InputError(f"{source}: cannot be read: {type(error).__name__}: {one_line(error)}")
+            reason = f"{source}: cannot be read: {type(error).__name__}: {one_line(error)}"
+            yield InputError(f"{name}: {cut}" if cut else reason)
             return
         yield attempt(source, lambda atoms=atoms, source=source: _from_atoms(atoms, source, options))  # type: ignore[misc]
         index += 1
-    if index == 0:
+    if cut:
+        yield InputError(f"{name}: {cut}")
+    elif index == 0:
         yield InputError(f"{name}: no frame in this file")
 
 
