@@ -30,7 +30,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in its folder, if it holds one.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a potential; Ctrl-C stops between two steps, and --resume continues there."""
     from fastchgnet.train.progress import train_in_terminal
@@ -145,7 +145,7 @@ def prepare(
     stress_sign: Annotated[
         str | None, typer.Option(help="What positive means: tension or compression.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Read files of labelled crystals into a store, checking every frame."""
     from fastchgnet.config import Provenance
@@ -167,7 +167,7 @@ def prepare(
 def inspect(
     store: Annotated[Path, typer.Argument(help="Folder written by prepare.")],
     png: Annotated[Path | None, typer.Option(help="Draw atoms, bonds and angles per frame here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what is in a store: counts, elements, labels, sizes."""
     from rich import print as show
@@ -179,7 +179,10 @@ def inspect(
     if png:
         report.plot(opened, png)
     found = report.inspect(opened)
-    print(found.model_dump_json(indent=2)) if as_json else show(report.render(found))
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        show(report.render(found))
 
 
 def main() -> None:

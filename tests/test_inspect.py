@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.data import chemical_symbols
+from frames import labelled_frames
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -19,7 +20,6 @@ from fastchgnet.config import Provenance
 from fastchgnet.data import report
 from fastchgnet.data.store import Store, write_store
 from fastchgnet.errors import InputError
-from tests.frames import labelled_frames
 
 
 @pytest.fixture(scope="module")

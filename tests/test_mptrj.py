@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.units import GPa
+from frames import labelled_atoms
 
 from fastchgnet.config import Provenance
 from fastchgnet.data.formats import ReadOptions, detect_format, read_frames
 from fastchgnet.data.prepare import prepare
 from fastchgnet.errors import InputError
-from tests.frames import labelled_atoms
 
 
 def as_structure(atoms: Atoms) -> dict[str, object]:

@@ -15,6 +15,8 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import GPa
+from conftest import shared_data
+from frames import labelled_atoms
 from typer.testing import CliRunner
 
 from fastchgnet.cli import app
@@ -22,8 +24,6 @@ from fastchgnet.config import Provenance
 from fastchgnet.data.formats import ReadOptions, StressSign, StressUnit
 from fastchgnet.data.prepare import Prepared, prepare
 from fastchgnet.errors import InputError
-from tests.conftest import shared_data
-from tests.frames import labelled_atoms
 
 
 def energy_volume_curve() -> list[Atoms]:

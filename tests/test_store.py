@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from frames import labelled_frames
 
 from fastchgnet.config import Provenance
 from fastchgnet.data.frame import Frame
@@ -23,7 +24,6 @@ from fastchgnet.data.store import Store, write_store
 from fastchgnet.data.writer import FAR
 from fastchgnet.errors import InputError
 from fastchgnet.neighbors import graph_sizes
-from tests.frames import labelled_frames
 
 PROVENANCE = Provenance(name="test", functional="PBE", energy_correction="none")
 
@@ -163,8 +163,8 @@ def test_bad_frames_are_refused_or_skipped_and_listed(tmp_path: Path) -> None:
 
 WRITER = """
 import os, resource, signal, sys
-from tests.frames import labelled_frames
-from tests.test_store import PROVENANCE, write_store
+from frames import labelled_frames
+from test_store import PROVENANCE, write_store
 
 def frames(kill_at):
     for index, frame in enumerate(labelled_frames(60)):
@@ -180,9 +180,9 @@ write_store(frames(kill_at), sys.argv[1], PROVENANCE, shard_frames=10)
 
 
 def write_in_process(path: Path, kill_at: int = -1, limit: int = 0) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[1]
+    tests = Path(__file__).parent
     command = [sys.executable, "-c", WRITER, str(path), str(kill_at), str(limit)]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
 
 
 def assert_same_arrays(found: Store, expected: Store) -> None:
