@@ -79,10 +79,16 @@ def predict(
         InputError: a structure is no crystal: empty, atoms at NaN or within 0.3 A of each other, an
             element above Z = 94, a periodic direction without volume. Names its index and the reason.
     """
+    systems = sound_systems(structures)
+    return list(predict_systems(potential, systems, batch_size))
+
+
+def sound_systems(structures: Sequence[Atoms | Structure]) -> Systems:
+    """Concatenate structures; raise InputError where one is no crystal, as `predict` does."""
     systems = systems_from_atoms(structures)
     for frame in _frames(systems):
         frame.check()
-    return list(predict_systems(potential, systems, batch_size))
+    return systems
 
 
 def predict_systems(

@@ -203,7 +203,7 @@ def learning_curves(rows: Sequence[Mapping]) -> list[Curve]:
     """Extract validation errors over the epochs from the rows of a run's metrics.jsonl."""
     curves = []
     for key, name in CURVES.items():
-        points = [(row["epoch"], row["val"][name]) for row in rows if row["val"][name] is not None]
+        points = [(row["epoch"], row["val"][name]) for row in rows if row["val"].get(name) is not None]
         if points:
             epoch, value = zip(*points, strict=True)
             curves.append(Curve(QUANTITIES[key].name, QUANTITIES[key].error_unit, epoch, value))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from crystals import CONSERVATIVE, benzene, crystals, potential, run
 
 import fastchgnet
 from fastchgnet import FastCHGNetCalculator
+from fastchgnet.errors import InputError
 
 
 def test_results_are_the_potentials_in_ase_units() -> None:
@@ -38,6 +40,18 @@ def test_no_stress_without_three_periodic_directions() -> None:
     assert np.isfinite(atoms.get_forces()).all()
     with pytest.raises(PropertyNotImplementedError):
         atoms.get_stress()
+
+
+@pytest.mark.parametrize(
+    ("position", "reason"),
+    [(np.nan, "positions contain NaN"), (0.1, "overlap"), (1e6, "more than 10000 A apart")],
+)
+def test_an_exploded_simulation_ends_in_an_error(position: float, reason: str) -> None:
+    """At 1e6 A vesin would end the process by a division by zero; at 0 A the energy would be NaN."""
+    atoms = Atoms("H2", [[0, 0, 0], [position, 0, 0]])
+    atoms.calc = FastCHGNetCalculator(potential(CONSERVATIVE))
+    with pytest.raises(InputError, match=reason):
+        atoms.get_potential_energy()
 
 
 def test_global_state_is_left_alone() -> None:

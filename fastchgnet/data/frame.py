@@ -168,7 +168,7 @@ def _closest(
     n = len(positions)
     # The nearest image in fractional coordinates is the nearest in space for pairs this close as long
     # as they are closer than half of each height; a neighbour list is slower, but knows no such limit.
-    if n > 256 or (heights[pbc] < 2.1 * MIN_DISTANCE).any():
+    if n > 64 or (heights[pbc] < 2.1 * MIN_DISTANCE).any():
         # vesin's cells have the size of the cutoff: a cutoff of MIN_DISTANCE would make millions.
         neighbors = NeighborList(cutoff=2.0, full_list=False)
         centers, others, distances = neighbors.compute(positions, box, pbc, "ijd")

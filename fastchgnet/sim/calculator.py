@@ -10,8 +10,8 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.potential import Potential
+from fastchgnet.prediction import sound_systems
 from fastchgnet.published import load
 
 
@@ -19,7 +19,8 @@ class FastCHGNetCalculator(Calculator):
     """Energy, forces, stress and magnetic moments for ASE, in ASE's units.
 
     A crystal that is not periodic in three directions has no stress: asking for it raises ASE's
-    PropertyNotImplementedError.
+    PropertyNotImplementedError. Atoms that no crystal has, as those of a simulation that has exploded, raise
+    InputError: at NaN, within 0.3 A of each other, too far apart.
 
     Args:
         model: name of a published model, path of a .safetensors file, or a Potential.
@@ -47,7 +48,7 @@ class FastCHGNetCalculator(Calculator):
         """Evaluate `atoms` and fill `results`."""
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
-        output = self.potential(self.potential.build_graph(systems_from_atoms([self.atoms])))
+        output = self.potential(self.potential.build_graph(sound_systems([self.atoms])))
         energy = output.energy.item()
         self.results = {
             "energy": energy,

@@ -67,7 +67,7 @@ def read_metrics(folder: Path) -> list[dict]:
             break
         try:
             row = json.loads(line)
-            is_epoch = "epoch" in row and "loss" in row["val"]
+            is_epoch = "epoch" in row and isinstance(row["val"], dict)
         except (ValueError, TypeError, KeyError):
             is_epoch = False
         if not is_epoch:
