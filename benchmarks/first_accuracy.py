@@ -22,12 +22,16 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from ase import Atoms, units
 from ase.io import iread, write
 from vesin import NeighborList
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 N_TRAIN, BATCH_SIZE, LEARNING_RATE, FINAL_FRACTION = 500, 16, 1e-3, 1e-2
 CUTOFF = 6.0
@@ -83,23 +87,27 @@ def environment() -> dict[str, object]:
     }
 
 
-def train_chgnet(train: list[Atoms], val: list[Atoms], epochs: int, seed: int) -> dict[str, object]:
-    """Train the published model with its own Trainer."""
+def chgnet_loader(frames: list[Atoms], shuffle: bool) -> DataLoader:
+    """Hand frames to the published Trainer."""
     from chgnet.data.dataset import StructureData, collate_graphs
-    from chgnet.model import CHGNet
-    from chgnet.trainer import Trainer
     from pymatgen.io.ase import AseAtomsAdaptor
     from torch.utils.data import DataLoader
 
-    def dataset(frames: list[Atoms]) -> StructureData:
-        kbar = -10 / units.GPa  # VASP's sign and unit, which StructureData expects
-        return StructureData(
-            [AseAtomsAdaptor.get_structure(a) for a in frames],
-            [a.get_potential_energy() / len(a) for a in frames],
-            [a.get_forces() for a in frames],
-            stresses=[a.get_stress(voigt=False) * kbar for a in frames],
-            shuffle=False,
-        )
+    kbar = -10 / units.GPa  # VASP's sign and unit, which StructureData expects
+    dataset = StructureData(
+        [AseAtomsAdaptor.get_structure(a) for a in frames],
+        [a.get_potential_energy() / len(a) for a in frames],
+        [a.get_forces() for a in frames],
+        stresses=[a.get_stress(voigt=False) * kbar for a in frames],
+        shuffle=False,
+    )
+    return DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=shuffle, collate_fn=collate_graphs)
+
+
+def train_chgnet(train: list[Atoms], val: list[Atoms], epochs: int, seed: int) -> dict[str, object]:
+    """Train the published model with its own Trainer."""
+    from chgnet.model import CHGNet
+    from chgnet.trainer import Trainer
 
     times: list[dict[str, float]] = []
 
@@ -127,10 +135,7 @@ def train_chgnet(train: list[Atoms], val: list[Atoms], epochs: int, seed: int) -
         print_freq=10,
     )
 
-    def loader(frames: list[Atoms], shuffle: bool) -> DataLoader:
-        return DataLoader(dataset(frames), batch_size=BATCH_SIZE, shuffle=shuffle, collate_fn=collate_graphs)
-
-    train_loader, val_loader = loader(train, True), loader(val, False)
+    train_loader, val_loader = chgnet_loader(train, True), chgnet_loader(val, False)
     with tempfile.TemporaryDirectory() as folder:
         trainer.train(train_loader, val_loader, save_dir=folder)
     failed = train_loader.dataset.failed_idx + val_loader.dataset.failed_idx
