@@ -149,7 +149,7 @@ def prepare(
 ) -> None:
     """Read files of labelled crystals into a store, checking every frame."""
     from fastchgnet.config import Provenance
-    from fastchgnet.data.formats import ReadOptions
+    from fastchgnet.data.reading import ReadOptions
     from fastchgnet.data.terminal import prepare_in_terminal
 
     keys = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastchgnet.data.formats import ReadOptions, scan_frames
+from fastchgnet.data.formats import scan_frames
 from fastchgnet.data.frame import Frame
 from fastchgnet.data.layout import printable
+from fastchgnet.data.reading import ReadOptions
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 from fastchgnet.graph import Output, Systems

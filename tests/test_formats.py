@@ -18,8 +18,9 @@ from ase.units import GPa
 from conftest import shared_data
 from frames import labelled_atoms, labelled_frames
 
-from fastchgnet.data.formats import ReadOptions, detect_format, read_frames
+from fastchgnet.data.formats import detect_format, read_frames
 from fastchgnet.data.frame import Frame, reduced_formula
+from fastchgnet.data.reading import ReadOptions
 from fastchgnet.errors import InputError
 from fastchgnet.prediction import read_crystals
 

@@ -14,8 +14,9 @@ from ase.units import GPa
 from frames import labelled_atoms
 
 from fastchgnet.config import Provenance
-from fastchgnet.data.formats import ReadOptions, detect_format, read_frames
+from fastchgnet.data.formats import detect_format, read_frames
 from fastchgnet.data.prepare import prepare
+from fastchgnet.data.reading import ReadOptions
 from fastchgnet.errors import InputError
 
 

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from fastchgnet.cli import app
 from fastchgnet.config import Provenance
-from fastchgnet.data.formats import ReadOptions, StressSign, StressUnit
 from fastchgnet.data.prepare import Prepared, prepare
+from fastchgnet.data.reading import ReadOptions, StressSign, StressUnit
 from fastchgnet.errors import InputError
 
 

@@ -15,9 +15,9 @@ from typing import IO, Literal
 import numpy as np
 from ase.data import atomic_numbers
 
-from fastchgnet.data.formats import Meter, ReadOptions, attempt, make_frame
 from fastchgnet.data.frame import Frame
 from fastchgnet.data.layout import one_line
+from fastchgnet.data.reading import Meter, ReadOptions, attempt, make_frame
 from fastchgnet.errors import InputError
 
 Json = dict[str, object]

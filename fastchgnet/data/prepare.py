@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fastchgnet.config import Config, Provenance
-from fastchgnet.data.formats import Meter, ReadOptions, detect_format, scan_frames
+from fastchgnet.data.formats import detect_format, scan_frames
 from fastchgnet.data.frame import Frame
 from fastchgnet.data.layout import SKIPPED, Counts, Plan, Source, printable
 from fastchgnet.data.pressure import PressureCheck, check_pressure
+from fastchgnet.data.reading import Meter, ReadOptions
 from fastchgnet.data.store import Store, write_store
 from fastchgnet.errors import InputError
 

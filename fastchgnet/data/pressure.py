@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastchgnet.config import Config
-from fastchgnet.data.formats import STRESS_FACTOR, StressSign, StressUnit
+from fastchgnet.data.reading import STRESS_FACTOR, StressSign, StressUnit
 from fastchgnet.data.store import Store
 
 MAX_PAIRS = 5_000

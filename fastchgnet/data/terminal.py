@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from fastchgnet.config import Provenance
-from fastchgnet.data.formats import ReadOptions
 from fastchgnet.data.prepare import Prepared, prepare
+from fastchgnet.data.reading import ReadOptions
 
 SHOWN = 20
 """Skipped frames named in the terminal; skipped.txt in the store has them all."""
