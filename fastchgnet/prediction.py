@@ -23,6 +23,7 @@ from fastchgnet.files import write_atomically
 from fastchgnet.graph import Output, Systems
 from fastchgnet.neighbors import graph_sizes, systems_from_atoms
 from fastchgnet.potential import Potential
+from fastchgnet.units import VOIGT
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -158,7 +159,7 @@ class FilePrediction:
             "magmoms": prediction.magmoms,
         }
         if atoms.pbc.all():
-            results["stress"] = prediction.stress.reshape(9)[[0, 4, 8, 5, 2, 1]]
+            results["stress"] = prediction.stress[VOIGT]
         atoms.calc = SinglePointCalculator(atoms, **results)
         atoms.info = {
             "file": self.crystal.file,

@@ -13,3 +13,9 @@ GPA = ase_units.GPa
 
 MAX_ATOMIC_NUMBER = 94
 """Elements H to Pu, as in the published models."""
+
+VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
+"""Rows and columns of a symmetric matrix in Voigt order, ASE's: xx yy zz yz xz xy."""
+
+MATRIX_FROM_VOIGT = [0, 5, 4, 5, 1, 3, 4, 3, 2]
+"""Places in Voigt order of the nine numbers of the matrix."""

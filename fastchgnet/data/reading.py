@@ -17,7 +17,7 @@ from fastchgnet.config import Config
 from fastchgnet.data.frame import Frame, reduced_formula
 from fastchgnet.data.layout import one_line
 from fastchgnet.errors import InputError
-from fastchgnet.units import GPA
+from fastchgnet.units import GPA, MATRIX_FROM_VOIGT
 
 Format = Literal["extxyz", "vasp", "ase", "pymatgen", "mptrj"]
 
@@ -97,7 +97,7 @@ class ReadOptions(Config):
             )
         stress = np.asarray(value, dtype=np.float64)
         if stress.shape == (6,):
-            stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
+            stress = stress[MATRIX_FROM_VOIGT]
         if stress.size != 9:
             raise ValueError(f"the stress has shape {stress.shape}, expected 6, 9 or 3 x 3 numbers")
         sign = 1.0 if self.stress_sign is StressSign.TENSION else -1.0

@@ -16,12 +16,12 @@ from fastchgnet.data.layout import ARRAYS, Header, file_sha256, open_array
 from fastchgnet.data.writer import write_store
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Labels, Systems
+from fastchgnet.units import MATRIX_FROM_VOIGT
 
 __all__ = ["Split", "Store", "write_store"]
 
 Split = Literal["train", "val", "test", "all"]
 _UPPER_EDGE = {"train": 0.9, "val": 0.95, "test": 1.0}
-_MATRIX_FROM_VOIGT = np.array([0, 5, 4, 5, 1, 3, 4, 3, 2])
 
 
 class Store:
@@ -131,7 +131,7 @@ class Store:
             pbc=torch.from_numpy(arrays["pbc"].take(frames, axis=0)),
             n_atoms=tuple(n_atoms.tolist()),
         )
-        stress = arrays["stress"].take(frames, axis=0).take(_MATRIX_FROM_VOIGT, axis=1)
+        stress = arrays["stress"].take(frames, axis=0).take(MATRIX_FROM_VOIGT, axis=1)
         labels = Labels(
             energy=torch.from_numpy(arrays["energy"].take(frames)),
             forces=torch.from_numpy(arrays["forces"].take(atoms, axis=0)),

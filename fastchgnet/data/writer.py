@@ -39,6 +39,7 @@ from fastchgnet.errors import InputError
 from fastchgnet.files import lock, sync_folder, write_atomically
 from fastchgnet.graph import Systems
 from fastchgnet.neighbors import graph_sizes
+from fastchgnet.units import VOIGT
 
 JOURNAL = "journal.json"
 CHUNK = 128
@@ -316,7 +317,7 @@ def _voigt(frame: Frame) -> NDArray[np.float64]:
     if frame.stress is None or not frame.pbc.all():
         return np.full(6, np.nan)
     symmetric = (frame.stress + frame.stress.T) / 2
-    return symmetric[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+    return symmetric[VOIGT]
 
 
 def _near_origin(frame: Frame) -> NDArray[np.float64]:
