@@ -1,8 +1,9 @@
 """The tensors that flow through the house: raw systems, graph batches, labels and outputs.
 
-Shapes: S systems, A atoms, U bonds (undirected), B short bonds, E = 2U edges (directed), T angles.
-The vector of a bond is r_ij = r_j + image @ cell - r_i, with i its `center` and j its `neighbor`; its
-reverse edge has the opposite sign. Bonds are ordered so that the short ones come first: `bond[:B]`.
+Shapes: S systems, A atoms, U bonds (undirected), B short bonds, E = 2U edges (directed), K = 2B short edges,
+T angles. The vector of a bond is r_ij = r_j + image @ cell - r_i, with i its `center` and j its `neighbor`;
+its reverse edge has the opposite sign. Bonds are ordered so that the short ones come first: `bond[:B]`.
+Edges and short edges are sorted by centre, angles by their first short edge.
 """
 
 from __future__ import annotations
@@ -53,27 +54,52 @@ class Systems(_Tensors):
         return torch.arange(self.n_systems).repeat_interleave(torch.tensor(self.n_atoms, dtype=torch.int64))
 
 
+class Index(NamedTuple):
+    """Which of n segments each of N rows belongs to, and the transpose: which rows belong to a segment.
+
+    With the transpose at hand sums over a segment run in a fixed order and need no atomic additions.
+    """
+
+    segment: Tensor  # [N]
+    start: Tensor  # [n + 1]; rows start[s] to start[s + 1] of `order` belong to segment s
+    order: Tensor | None  # [N] rows sorted by segment; None where they are as they stand
+
+    @property
+    def n_segments(self) -> int:
+        """Number of segments."""
+        return len(self.start) - 1
+
+
 @dataclass(frozen=True, slots=True)
 class Batch(_Tensors):
-    """Graph of S crystals, concatenated: what the model reads."""
+    """Graph of S crystals, concatenated: what the model reads. Index tensors are int64."""
 
     atomic_number: Tensor  # [A]
     atom_system: Tensor  # [A] the system of each atom, ascending
     n_atoms: Tensor  # [S] int64
+    system_start: Tensor  # [S + 1] the first atom of each system, and A
     cell: Tensor  # [S, 3, 3] float64
     volume: Tensor  # [S] float64, |det cell|, A^3; NaN unless periodic in three directions
     bond_vector: Tensor  # [U, 3] float64, short bonds first
     bond_image: Tensor  # [U, 3] int64
     bond_center: Tensor  # [U]
     bond_neighbor: Tensor  # [U]
+    bond_edge: Tensor  # [U, 2] the edge from the bond's centre and the one from its neighbour
     edge_center: Tensor  # [E] ascending
     edge_neighbor: Tensor  # [E]
     edge_bond: Tensor  # [E]
+    edge_sign: Tensor  # [E] int8, +1 where the edge points along its bond, else -1
+    edge_reverse: Tensor  # [E] the other edge of the same bond
+    atom_edge: Tensor  # [A + 1] the first edge of each atom, and E
+    short_bond: Tensor  # [K] the bond of each short edge, < B
+    short_sign: Tensor  # [K] int8, as edge_sign
+    bond_short: Tensor  # [B, 2] the short edges of each bond, as in bond_edge
     angle_center: Tensor  # [T] ascending
-    angle_bond_i: Tensor  # [T] < B; the bond that receives the message
-    angle_bond_j: Tensor  # [T] < B
-    angle_sign: Tensor  # [T] +-1: cos(angle) = sign * <r_i, r_j> / |r_i||r_j|
-    n_short_bonds: int
+    angle_i: Tensor  # [T] ascending, < K; the short edge that receives the message
+    angle_j: Tensor  # [T] < K
+    angle_reverse: Tensor  # [T] the angle with i and j exchanged
+    short_angle: Tensor  # [K + 1] the first angle of each short edge, and T
+    atom_angle: Tensor  # [A + 1] the first angle of each atom, and T
 
     @property
     def n_systems(self) -> int:
@@ -81,9 +107,74 @@ class Batch(_Tensors):
         return self.cell.shape[0]
 
     @property
+    def n_short_bonds(self) -> int:
+        """Number of short bonds, B."""
+        return len(self.bond_short)
+
+    @property
     def bond_system(self) -> Tensor:
         """The system of each bond, [U]."""
         return self.atom_system[self.bond_center]
+
+    @property
+    def by_system(self) -> Index:
+        """Atoms by system."""
+        return Index(self.atom_system, self.system_start, None)
+
+    @property
+    def by_center(self) -> Index:
+        """Edges by centre."""
+        return Index(self.edge_center, self.atom_edge, None)
+
+    @property
+    def by_neighbor(self) -> Index:
+        """Edges by neighbour: the reverses of those by centre."""
+        return Index(self.edge_neighbor, self.atom_edge, self.edge_reverse)
+
+    @property
+    def by_bond(self) -> Index:
+        """Edges by bond."""
+        return Index(self.edge_bond, _pairs(self.bond_edge), self.bond_edge.flatten())
+
+    @property
+    def short_by_bond(self) -> Index:
+        """Short edges by bond."""
+        return Index(self.short_bond, _pairs(self.bond_short), self.bond_short.flatten())
+
+    @property
+    def angle_by_center(self) -> Index:
+        """Angles by centre."""
+        return Index(self.angle_center, self.atom_angle, None)
+
+    @property
+    def angle_by_i(self) -> Index:
+        """Angles by their first short edge."""
+        return Index(self.angle_i, self.short_angle, None)
+
+    @property
+    def angle_by_j(self) -> Index:
+        """Angles by their second short edge: the reverses of those by the first."""
+        return Index(self.angle_j, self.short_angle, self.angle_reverse)
+
+    @property
+    def bonds_by_ends(self) -> tuple[Index, Index, Index]:
+        """Bonds by themselves, by centre and by neighbour, for a table of atoms that is read at both ends.
+
+        The transpose of the second lists the bonds at either end and that of the third none, so that sums
+        over both find each bond of an atom once.
+        """
+        bonds = torch.arange(len(self.bond_center) + 1, device=self.bond_center.device)
+        none = torch.zeros_like(self.atom_edge)
+        return (
+            Index(bonds[:-1], bonds, None),
+            Index(self.bond_center, self.atom_edge, self.edge_bond),
+            Index(self.bond_neighbor, none, none[:0]),
+        )
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    """Start of every segment where each has two rows."""
+    return torch.arange(0, 2 * len(rows) + 1, 2, device=rows.device)
 
 
 @dataclass(frozen=True, slots=True)

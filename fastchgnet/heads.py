@@ -11,21 +11,24 @@ from torch import Tensor, nn
 from fastchgnet.basis import envelope
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
-from fastchgnet.model import D, Features, Gate, HiddenGate, projection, segment_sum
+from fastchgnet.model import D, Features, GatedMLP, projection
+from fastchgnet.ops.message import Rows
+from fastchgnet.ops.segments import gather, segment_sum
 from fastchgnet.units import GPA
 
 
 def pair_forces(pair_force_U3: Tensor, batch: Batch) -> Tensor:
     """Sum what each bond does to its two ends, [A, 3]; +f on the centre and -f on the neighbour."""
-    n_atoms = len(batch.atomic_number)
-    onto_center = segment_sum(pair_force_U3, batch.bond_center, n_atoms)
-    return onto_center - segment_sum(pair_force_U3, batch.bond_neighbor, n_atoms)
+    along_edge = gather(pair_force_U3, batch.by_bond) * batch.edge_sign[:, None]
+    return segment_sum(along_edge, batch.by_center)
 
 
 def virial_stress(bond_vector: Tensor, pair_force_U3: Tensor, batch: Batch) -> Tensor:
     """Stress 1/V sum r (x) f over bonds, [S, 3, 3] eV/A^3; NaN unless periodic in three directions."""
     outer = (bond_vector[:, :, None] * pair_force_U3[:, None, :]).flatten(1).double()
-    virial = segment_sum(outer, batch.bond_system, batch.n_systems).view(-1, 3, 3)
+    # half of each bond for either end: bonds are not sorted by system, atoms are
+    per_atom = segment_sum(gather(outer / 2, batch.by_bond), batch.by_center)
+    virial = segment_sum(per_atom, batch.by_system).view(-1, 3, 3)
     # the mask comes after the division, so that a missing volume sends no NaN into the gradient
     periodic = batch.volume.isfinite()
     stress = virial / batch.volume.where(periodic, 1.0)[:, None, None]
@@ -46,7 +49,7 @@ class PairHeads(nn.Module):
         self.config = config
         self.atom = projection(3, bias=True)
         self.bond = projection(3)
-        self.message = HiddenGate(config)
+        self.message = GatedMLP(config)
         self.scalars = nn.Linear(D, 2, bias=False)
         # an untrained head predicts no force and no stress
         nn.init.zeros_(self.scalars.weight)
@@ -56,10 +59,10 @@ class PairHeads(nn.Module):
         distance = bond_vector.norm(dim=1, keepdim=True)
         unit = bond_vector / distance
         atom = self.atom(features.atom_AD)
-        hidden = atom.index_select(0, batch.bond_center) + atom.index_select(0, batch.bond_neighbor)
-        hidden = hidden + features.bonds.project(self.bond.weight)
+        tables = (features.bonds.project(self.bond.weight), atom, atom)
+        message_UD = self.message(tables, None, Rows(*batch.bonds_by_ends))
         cutoff = envelope(distance / self.config.atom_cutoff, self.config.envelope_p)
-        n_U1, m_U1 = (self.scalars(self.message(hidden)) * cutoff).chunk(2, dim=1)
+        n_U1, m_U1 = (self.scalars(message_UD) * cutoff).chunk(2, dim=1)
         return pair_forces(n_U1 * unit, batch), virial_stress(unit, m_U1 * unit, batch)
 
 
@@ -74,23 +77,24 @@ class PaperHeads(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        own_norms = config.model_copy(update={"shared_layer_norm": False})
         self.force_first = nn.Linear(D, 2 * D)
-        self.force_end = Gate(config.model_copy(update={"shared_layer_norm": False}))
+        self.force_message = GatedMLP(own_norms, hidden=False)
         self.force_out = nn.Linear(D, 1, bias=False)
         self.stress_first = nn.Linear(D, 2 * D)
-        self.stress_end = Gate(config.model_copy(update={"shared_layer_norm": False}))
+        self.stress_message = GatedMLP(own_norms, hidden=False)
         self.stress_out = nn.Linear(D, 9)
 
     def forward(self, batch: Batch, bond_vector: Tensor, features: Features) -> tuple[Tensor, Tensor]:
         """Return forces [A, 3], eV/A, and stress [S, 3, 3], eV/A^3."""
         distance = bond_vector.norm(dim=1, keepdim=True)
         hidden = features.bonds.project(self.force_first.weight) + self.force_first.bias
-        n_U1 = self.force_out(self.force_end(*hidden.chunk(2, dim=1)))
+        n_U1 = self.force_out(self.force_message.gate(hidden))
         n_U1 = n_U1.where(distance < self.config.atom_cutoff, 0.0)
         forces = pair_forces(n_U1 * bond_vector / distance, batch)
 
-        site = self.stress_out(self.stress_end(*self.stress_first(features.atom_AD).chunk(2, dim=1)))
-        mean = segment_sum(site, batch.atom_system, batch.n_systems).view(-1, 3, 3) * GPA
+        site = self.stress_out(self.stress_message.gate(self.stress_first(features.atom_AD)))
+        mean = segment_sum(site, batch.by_system).view(-1, 3, 3) * GPA
         mean = mean / batch.n_atoms[:, None, None]
         axis_sum = torch.nn.functional.normalize(batch.cell, dim=2).sum(1).to(site.dtype)
         stress = mean * axis_sum[:, :, None] * axis_sum[:, None, :]

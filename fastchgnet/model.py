@@ -1,7 +1,7 @@
 """CHGNet, top to bottom: embeddings, four interaction blocks, readouts (Deng et al. 2023, Zhou et al. 2024).
 
-Legend: A atoms, U bonds (short ones first), B short bonds, E directed edges, T angles; D = 64 features,
-R radial and F angular basis functions.
+Legend: A atoms, U bonds (short ones first), B short bonds, E directed edges, K short edges, T angles;
+D = 64 features, R radial and F angular basis functions.
 
 Three facts shape the code. A linear layer on a concatenation is a sum of linear layers, W[a;b;c] =
 W_a a + W_b b + W_c c: project per atom and per bond, then gather the projections. Without an output bias
@@ -22,15 +22,12 @@ from torch import Tensor, nn
 from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
+from fastchgnet.ops.message import MLP, Rows, Tables, messages
+from fastchgnet.ops.segments import gather, segment_sum
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 D = 64
 N_BLOCKS = 4
-
-
-def segment_sum(values_ND: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    """Sum rows by segment: [N, D] and [N] to [n_segments, D]."""
-    return values_ND.new_zeros(n_segments, values_ND.shape[1]).index_add_(0, index, values_ND)
 
 
 def projection(n_parts: int, bias: bool = False) -> nn.Linear:
@@ -44,34 +41,44 @@ def projection(n_parts: int, bias: bool = False) -> nn.Linear:
     return linear
 
 
-class Gate(nn.Module):
-    """SiLU(LN(core)) * sigmoid(LN(gate)), the end of every gated MLP."""
+class GatedMLP(nn.Module):
+    """What follows the first, factorised linear layer of a gated MLP; core and gate stacked.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: the network.
+        hidden: whether SiLU and a second linear layer come before SiLU(LN(core)) * sigmoid(LN(gate)).
+    """
+
+    def __init__(self, config: ModelConfig, hidden: bool = True) -> None:
         super().__init__()
         n_norms = 0 if not config.norm else 1 if config.shared_layer_norm else 2
-        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(n_norms))
+        bound = D**-0.5
+        self.weight = nn.Parameter(torch.empty(2, D, D).uniform_(-bound, bound)) if hidden else None
+        self.bias = nn.Parameter(torch.empty(2, D).uniform_(-bound, bound)) if hidden else None
+        self.scale = nn.Parameter(torch.ones(n_norms, D)) if n_norms else None
+        self.shift = nn.Parameter(torch.zeros(n_norms, D)) if n_norms else None
 
-    def forward(self, core_ND: Tensor, gate_ND: Tensor) -> Tensor:
-        """Gate N rows."""
-        if len(self.norms):
-            core_ND, gate_ND = self.norms[0](core_ND), self.norms[-1](gate_ND)
-        return F.silu(core_ND) * torch.sigmoid(gate_ND)
+    def forward(
+        self, tables: Tables, weight: Tensor | None, rows: Rows, angle: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Return messages of rows, summed where they have a weight; see `fastchgnet.ops.message`.
 
+        Args:
+            tables: projections of what the rows gather.
+            weight: [n, D] of the messages, gathered as the last table.
+            rows: what each row gathers and where it belongs.
+            angle: features of the rows themselves, [N, D], and their projection.
+        """
+        angle_TD, projection = angle or (None, None)
+        mlp = MLP(projection, self.weight, self.bias, self.scale, self.shift)
+        return messages(tables, weight, angle_TD, mlp, rows)
 
-class HiddenGate(nn.Module):
-    """The rest of a gated MLP behind its first, factorised linear layer: SiLU, Linear, `Gate`."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.core = nn.Linear(D, D)
-        self.gate = nn.Linear(D, D)
-        self.end = Gate(config)
-
-    def forward(self, hidden_N2D: Tensor) -> Tensor:
-        """Map packed pre-activations [N, 2D] to messages [N, D]."""
-        core_ND, gate_ND = F.silu(hidden_N2D).chunk(2, dim=1)
-        return self.end(self.core(core_ND), self.gate(gate_ND))
+    def gate(self, hidden_N2D: Tensor) -> Tensor:
+        """Norm and gate N rows that gather nothing."""
+        z = hidden_N2D.view(-1, 2, D)
+        if self.scale is not None and self.shift is not None:
+            z = F.layer_norm(z, (D,)) * self.scale + self.shift
+        return F.silu(z[:, 0]) * torch.sigmoid(z[:, 1])
 
 
 class BondFeatures(NamedTuple):
@@ -99,16 +106,13 @@ class AtomConv(nn.Module):
         self.center = projection(3, bias=True)
         self.neighbor = projection(3)
         self.bond = projection(3)
-        self.message = HiddenGate(config)
+        self.message = GatedMLP(config)
         self.out = nn.Linear(D, D, bias=config.output_bias)
 
-    def forward(self, atom_AD: Tensor, bonds: BondFeatures, weight_UD: Tensor, batch: Batch) -> Tensor:
+    def forward(self, atom_AD: Tensor, bonds: BondFeatures, weight_UD: Tensor, edges: Rows) -> Tensor:
         """Return the new atom features."""
-        hidden = self.center(atom_AD).index_select(0, batch.edge_center)
-        hidden = hidden + self.neighbor(atom_AD).index_select(0, batch.edge_neighbor)
-        hidden = hidden + bonds.project(self.bond.weight).index_select(0, batch.edge_bond)
-        message_ED = self.message(hidden) * weight_UD.index_select(0, batch.edge_bond)
-        return atom_AD + self.out(segment_sum(message_ED, batch.edge_center, len(atom_AD)))
+        tables = (self.center(atom_AD), self.neighbor(atom_AD), bonds.project(self.bond.weight))
+        return atom_AD + self.out(self.message(tables, weight_UD, edges))
 
 
 class AngleProjections(nn.Module):
@@ -121,11 +125,9 @@ class AngleProjections(nn.Module):
         self.angle = projection(4)
         self.center = projection(4, bias=True)
 
-    def forward(self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, batch: Batch) -> Tensor:
-        """Return the packed pre-activations of every angle, [T, 2D]."""
-        hidden = self.angle(angle_TD) + self.center(atom_AD).index_select(0, batch.angle_center)
-        hidden = hidden + self.bond_i(short_BD).index_select(0, batch.angle_bond_i)
-        return hidden + self.bond_j(short_BD).index_select(0, batch.angle_bond_j)
+    def forward(self, atom_AD: Tensor, short_KD: Tensor) -> Tables:
+        """Project what angles gather: their first short edge, their centre, their second short edge."""
+        return self.bond_i(short_KD), self.center(atom_AD), self.bond_j(short_KD)
 
 
 class BondConv(nn.Module):
@@ -134,17 +136,17 @@ class BondConv(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.first = AngleProjections()
-        self.message = HiddenGate(config)
+        self.message = GatedMLP(config)
         self.output_bias = config.output_bias
         self.out = nn.Linear(D, D, bias=config.output_bias)
 
     def forward(
-        self, atom_AD: Tensor, bonds: BondFeatures, angle_TD: Tensor, weight_BD: Tensor, batch: Batch
+        self, atom_AD: Tensor, bonds: BondFeatures, angle_TD: Tensor, weight_KD: Tensor, graph: Graph
     ) -> BondFeatures:
         """Return the new bond features."""
-        message_TD = self.message(self.first(atom_AD, bonds.short_BD, angle_TD, batch))
-        message_TD = message_TD * weight_BD.index_select(0, batch.angle_bond_j)
-        total_BD = weight_BD * segment_sum(message_TD, batch.angle_bond_i, len(weight_BD))
+        tables = self.first(atom_AD, gather(bonds.short_BD, graph.short_by_bond))
+        total_KD = self.message(tables, weight_KD, graph.angles, (angle_TD, self.first.angle.weight))
+        total_BD = segment_sum(weight_KD * total_KD, graph.short_by_bond)
         short_BD = bonds.short_BD + F.linear(total_BD, self.out.weight)
         if not self.output_bias:
             return bonds._replace(short_BD=short_BD)
@@ -160,11 +162,21 @@ class AngleUpdate(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.first = AngleProjections()
-        self.end = Gate(config)
+        self.message = GatedMLP(config, hidden=False)
 
-    def forward(self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, batch: Batch) -> Tensor:
+    def forward(self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, graph: Graph) -> Tensor:
         """Return the new angle features."""
-        return angle_TD + self.end(*self.first(atom_AD, short_BD, angle_TD, batch).chunk(2, dim=1))
+        tables = self.first(atom_AD, gather(short_BD, graph.short_by_bond))
+        return angle_TD + self.message(tables, None, graph.angles, (angle_TD, self.first.angle.weight))
+
+
+class Graph:
+    """What the layers gather from and sum into."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.edges = Rows(batch.by_center, batch.by_neighbor, batch.by_bond)
+        self.angles = Rows(batch.angle_by_i, batch.angle_by_center, batch.angle_by_j)
+        self.short_by_bond = batch.short_by_bond
 
 
 class Features(NamedTuple):
@@ -208,12 +220,14 @@ class CHGNet(nn.Module):
             batch: S systems as a graph.
             bond_vector: [U, 3], A, in the network's dtype; what forces are derivatives by.
         """
+        graph = Graph(batch)
         distance = bond_vector.norm(dim=1, keepdim=True)
         n_short = batch.n_short_bonds
         basis_UR = self.atom_basis(distance)
         atom_weight_UD = self.atom_weight(basis_UR)
         bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
-        angle_TD = self.angle_embedding(self.angle_basis(*self._arms(batch, bond_vector, distance)))
+        bond_weight_KD = gather(bond_weight_BD, graph.short_by_bond)
+        angle_TD = self.angle_embedding(self.angle_basis(*self._arms(batch, bond_vector, distance, graph)))
         atom_AD = self.atom_embedding(batch.atomic_number - 1)
         bonds = BondFeatures(
             short_BD=self.bond_embedding(basis_UR[:n_short]),
@@ -223,26 +237,26 @@ class CHGNet(nn.Module):
         )
         for t in range(N_BLOCKS - 1):
             old_atom_AD, old_bonds = atom_AD, bonds
-            atom_AD = self.atom_convs[t](atom_AD, bonds, atom_weight_UD, batch)
+            atom_AD = self.atom_convs[t](atom_AD, bonds, atom_weight_UD, graph.edges)
             # the paper's Eq. 11 feeds bonds and angles from the previous block, Eq. 10 from this one
             parallel = self.config.interaction == "parallel"
             source_AD = old_atom_AD if parallel else atom_AD
-            bonds = self.bond_convs[t](source_AD, bonds, angle_TD, bond_weight_BD, batch)
+            bonds = self.bond_convs[t](source_AD, bonds, angle_TD, bond_weight_KD, graph)
             if t < len(self.angle_updates):
                 source_BD = (old_bonds if parallel else bonds).short_BD
-                angle_TD = self.angle_updates[t](source_AD, source_BD, angle_TD, batch)
+                angle_TD = self.angle_updates[t](source_AD, source_BD, angle_TD, graph)
         magmoms = self.magmom(atom_AD)[:, 0].abs()
-        atom_AD = self.atom_convs[-1](atom_AD, bonds, atom_weight_UD, batch)
+        atom_AD = self.atom_convs[-1](atom_AD, bonds, atom_weight_UD, graph.edges)
         site_energy = self.readout(self.readout_norm(atom_AD))[:, 0]
         return Features(site_energy, magmoms, atom_AD, bonds)
 
     @staticmethod
-    def _arms(batch: Batch, bond_vector: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors along the two bonds of every angle, both from its centre or both to it, [T, 3]."""
+    def _arms(batch: Batch, bond_vector: Tensor, distance: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+        """Unit vectors from the centre along the two short edges of every angle, [T, 3]."""
         n_short = batch.n_short_bonds
-        unit_B3 = bond_vector[:n_short] / distance[:n_short]
-        arm_i = batch.angle_sign[:, None] * unit_B3.index_select(0, batch.angle_bond_i)
-        return arm_i, unit_B3.index_select(0, batch.angle_bond_j)
+        unit_K3 = gather(bond_vector[:n_short] / distance[:n_short], graph.short_by_bond)
+        unit_K3 = unit_K3 * batch.short_sign[:, None]
+        return gather(unit_K3, graph.angles.i), gather(unit_K3, graph.angles.k)
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:
         """One where the bond's system has an angle, [U, 1]; only an output bias asks for it."""

@@ -117,51 +117,82 @@ def build_graph(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> Bat
     n_atoms = torch.tensor(systems.n_atoms, dtype=torch.int64)
     total_atoms = len(systems.atomic_number)
     bonds = _find_bonds(systems, atom_cutoff, bond_cutoff)
-
-    both_ends = torch.cat([bonds.center, bonds.neighbor])
-    edge_center, order = both_ends.sort(stable=True)
-    n_bonds = len(bonds.center)
-    edge_neighbor = both_ends[(order + n_bonds) % max(2 * n_bonds, 1)]
-    edge_bond = order % max(n_bonds, 1)
-    edge_sign = torch.where(order < n_bonds, 1, -1)
-    if total_atoms and len(edge_center.unique_consecutive()) < total_atoms:
+    edges = _edges(bonds, total_atoms)
+    if total_atoms and not edges["atom_edge"].diff().all():
         warnings.warn(
             f"some atoms have no neighbour within {atom_cutoff:g} A: they keep the model's free-atom energy",
             stacklevel=2,
         )
-
-    # all ordered pairs of different short edges at one centre: a dense block per atom, less its diagonal
-    short = (edge_bond < bonds.n_short).nonzero()[:, 0]
-    per_atom = torch.bincount(edge_center[short], minlength=total_atoms)
-    block_start = per_atom.cumsum(0) - per_atom
-    per_edge = per_atom[edge_center[short]]
-    row = torch.arange(len(short)).repeat_interleave(per_edge)
-    column = (
-        torch.arange(len(row)) - (per_edge.cumsum(0) - per_edge)[row] + block_start[edge_center[short]][row]
-    )
-    off_diagonal = row != column
-    edge_i, edge_j = short[row[off_diagonal]], short[column[off_diagonal]]
-
     volume = torch.linalg.det(systems.cell).abs()
     return Batch(
         atomic_number=systems.atomic_number,
         atom_system=systems.atom_system,
         n_atoms=n_atoms,
+        system_start=_starts(n_atoms),
         cell=systems.cell,
         volume=volume.where(systems.pbc.all(1), torch.nan),
         bond_vector=bonds.vector,
         bond_image=bonds.image,
         bond_center=bonds.center,
         bond_neighbor=bonds.neighbor,
-        edge_center=edge_center,
-        edge_neighbor=edge_neighbor,
-        edge_bond=edge_bond,
-        angle_center=edge_center[edge_i],
-        angle_bond_i=edge_bond[edge_i],
-        angle_bond_j=edge_bond[edge_j],
-        angle_sign=edge_sign[edge_i] * edge_sign[edge_j],
-        n_short_bonds=bonds.n_short,
+        **edges,
+        **_angles(edges, bonds.n_short, total_atoms),
     )
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Row pointers of segments with so many rows each, [n + 1]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _edges(bonds: _Bonds, n_atoms: int) -> dict[str, Tensor]:
+    """Both directions of every bond, sorted by centre."""
+    n_bonds = len(bonds.center)
+    both_ends = torch.cat([bonds.center, bonds.neighbor])
+    edge_center, end = both_ends.sort(stable=True)
+    edge_of_end = torch.empty_like(end)
+    edge_of_end[end] = torch.arange(2 * n_bonds)
+    other_end = (end + n_bonds) % max(2 * n_bonds, 1)
+    return {
+        "bond_edge": edge_of_end.view(2, n_bonds).t().contiguous(),
+        "edge_center": edge_center,
+        "edge_neighbor": both_ends[other_end],
+        "edge_bond": end % max(n_bonds, 1),
+        "edge_sign": torch.where(end < n_bonds, 1, -1).to(torch.int8),
+        "edge_reverse": edge_of_end[other_end],
+        "atom_edge": _starts(torch.bincount(edge_center, minlength=n_atoms)),
+    }
+
+
+def _angles(edges: dict[str, Tensor], n_short_bonds: int, n_atoms: int) -> dict[str, Tensor]:
+    """All ordered pairs of different short edges at one centre: a dense block per atom, less its diagonal."""
+    is_short = edges["edge_bond"] < n_short_bonds
+    edge = is_short.nonzero()[:, 0]
+    center, short_bond = edges["edge_center"][edge], edges["edge_bond"][edge]
+    bond_short = (is_short.cumsum(0) - 1)[edges["bond_edge"][:n_short_bonds]]
+    per_atom = torch.bincount(center, minlength=n_atoms)
+    # of each short edge: the first one at its centre, its own place there, and how many others there are
+    first = _starts(per_atom)[center]
+    place = torch.arange(len(edge)) - first
+    others = per_atom[center] - 1
+    start = _starts(others)
+
+    angle_i = torch.arange(len(edge)).repeat_interleave(others)
+    place_i = place[angle_i]
+    place_j = torch.arange(len(angle_i)) - start[angle_i]
+    place_j += place_j >= place_i  # leave out the diagonal
+    angle_j = first[angle_i] + place_j
+    return {
+        "short_bond": short_bond,
+        "short_sign": edges["edge_sign"][edge],
+        "bond_short": bond_short,
+        "angle_center": center[angle_i],
+        "angle_i": angle_i,
+        "angle_j": angle_j,
+        "angle_reverse": start[angle_j] + place_i - (place_i > place_j).long(),
+        "short_angle": start,
+        "atom_angle": _starts(per_atom * (per_atom - 1)),
+    }
 
 
 def graph_sizes(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from fastchgnet.graph import Batch, Output, Systems
 from fastchgnet.heads import PairHeads, PaperHeads, pair_forces, virial_stress
 from fastchgnet.model import CHGNet, Features
 from fastchgnet.neighbors import build_graph
+from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.segments import segment_sum
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 
@@ -85,9 +87,10 @@ class Potential(nn.Module):
             vector = vector.detach().requires_grad_()
             features = self.model(batch, vector)
             # dE/dr_ij pulls the centre along the bond: F_i = +dE/dr_ij, F_j = -dE/dr_ij
-            (pair_force,) = torch.autograd.grad(
-                features.site_energy.sum(), vector, create_graph=self.training
-            )
+            with feature_derivatives():
+                (pair_force,) = torch.autograd.grad(
+                    features.site_energy.sum(), vector, create_graph=self.training
+                )
             forces = pair_forces(pair_force, batch)
             stress = virial_stress(vector, pair_force, batch)
             output = self._output(batch, features, forces, stress)
@@ -96,6 +99,5 @@ class Potential(nn.Module):
     def _output(self, batch: Batch, features: Features, forces: Tensor, stress: Tensor) -> Output:
         """Add the reference energies and sum over atoms, both in float64."""
         site_energies = features.site_energy.double() + self.references[batch.atomic_number - 1]
-        zeros: Any = site_energies.new_zeros(batch.n_systems)
-        energy = zeros.index_add(0, batch.atom_system, site_energies)
+        energy = segment_sum(site_energies[:, None], batch.by_system)[:, 0]
         return Output(energy, forces, stress, features.magmoms, site_energies)

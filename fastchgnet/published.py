@@ -100,11 +100,18 @@ _DROPPED = "angle_layers.2."
 _FIRST_LAYER = (
     r"(atom_conv|bond_conv|angle)_layers\.(\d)\.twoBody_\w+\.mlp_(core|gate)\.layers\.[01]\.(weight|bias)"
 )
+_MODULES = {"atom_conv": "atom_convs", "bond_conv": "bond_convs", "angle": "angle_updates"}
 _PROJECTIONS = {
-    "atom_conv": ("atom_convs.{}.{}.{}", ("center", "bond", "neighbor")),
-    "bond_conv": ("bond_convs.{}.first.{}.{}", ("bond_i", "bond_j", "angle", "center")),
-    "angle": ("angle_updates.{}.first.{}.{}", ("bond_i", "bond_j", "angle", "center")),
+    "atom_conv": ("{}.{}.{}", ("center", "bond", "neighbor")),
+    "bond_conv": ("{}.first.{}.{}", ("bond_i", "bond_j", "angle", "center")),
+    "angle": ("{}.first.{}.{}", ("bond_i", "bond_j", "angle", "center")),
 }
+# Hidden layers and norms of core and gate, which ours stacks; bn1 is that of the core.
+_STACKED = (
+    r"(atom_conv|bond_conv|angle)_layers\.(\d)\.\w+\.(?:mlp_)?(core|gate|bn1|bn2)\.(?:layers\.3\.)?(\w+)"
+)
+_BRANCHES = {"bn1": "core", "bn2": "gate"}
+_NORM_NAMES = {"weight": "scale", "bias": "shift"}
 _RENAMED = {
     r"atom_embedding\.embedding\.(\w+)": r"atom_embedding.\1",
     r"bond_basis_expansion\.rbf_expansion_ag\.frequencies": "atom_basis.frequency",
@@ -113,12 +120,7 @@ _RENAMED = {
     r"bond_weights_ag\.(\w+)": r"atom_weight.\1",
     r"bond_weights_bg\.(\w+)": r"bond_weight.\1",
     r"((?:bond|angle)_embedding|readout_norm)\.(\w+)": r"\1.\2",
-    r"(atom|bond)_conv_layers\.(\d)\.\w+\.mlp_(core|gate)\.layers\.3\.(\w+)": r"\1_convs.\2.message.\3.\4",
-    r"(atom|bond)_conv_layers\.(\d)\.twoBody_\w+\.bn1\.(\w+)": r"\1_convs.\2.message.end.norms.0.\3",
-    r"(atom|bond)_conv_layers\.(\d)\.twoBody_\w+\.bn2\.(\w+)": r"\1_convs.\2.message.end.norms.1.\3",
     r"(atom|bond)_conv_layers\.(\d)\.mlp_out\.layers\.1\.(\w+)": r"\1_convs.\2.out.\3",
-    r"angle_layers\.(\d)\.twoBody_bond\.bn1\.(\w+)": r"angle_updates.\1.end.norms.0.\2",
-    r"angle_layers\.(\d)\.twoBody_bond\.bn2\.(\w+)": r"angle_updates.\1.end.norms.1.\2",
     r"site_wise\.(\w+)": r"magmom.\1",
     # A dropout before the last linear layer shifts its number there.
     r"mlp\.layers\.([024])\.(\w+)": r"readout.\1.\2",
@@ -227,7 +229,8 @@ def to_our_layout(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rearrange tensors named as in chgnet into those of our network; gradients of them as well.
 
     First layers act on concatenated features: their columns become one projection per feature, core
-    and gate packed along the output, the bias kept with the centre atom's. All else is renamed.
+    and gate packed along the output, the bias kept with the centre atom's. Hidden layers and norms of core
+    and gate are stacked. All else is renamed.
 
     Args:
         published: every tensor of a chgnet model but its composition model, by its name there.
@@ -237,6 +240,7 @@ def to_our_layout(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     ours: dict[str, Tensor] = {}
     packed: dict[str, dict[str, Tensor]] = {}
+    stacked: dict[str, dict[str, Tensor]] = {}
     for name, tensor in published.items():
         if name.startswith(_DROPPED):
             continue
@@ -247,10 +251,17 @@ def to_our_layout(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if quantity == "weight":
                 parts = dict(zip(features, tensor.chunk(len(features), dim=1), strict=True))
             for feature, part in parts.items():
-                packed.setdefault(prefix.format(block, feature, quantity), {})[branch] = part
+                place = f"{_MODULES[kind]}.{prefix.format(block, feature, quantity)}"
+                packed.setdefault(place, {})[branch] = part
+        elif second := re.fullmatch(_STACKED, name):
+            kind, block, branch, quantity = second.groups()
+            quantity = _NORM_NAMES[quantity] if branch in _BRANCHES else quantity
+            place = f"{_MODULES[kind]}.{block}.message.{quantity}"
+            stacked.setdefault(place, {})[_BRANCHES.get(branch, branch)] = tensor
         else:
             ours[_renamed(name)] = tensor
-    return ours | {name: torch.cat([half["core"], half["gate"]]) for name, half in packed.items()}
+    ours |= {name: torch.cat([half["core"], half["gate"]]) for name, half in packed.items()}
+    return ours | {name: torch.stack([half["core"], half["gate"]]) for name, half in stacked.items()}
 
 
 def _renamed(name: str) -> str:

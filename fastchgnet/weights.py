@@ -23,7 +23,7 @@ from fastchgnet.potential import Potential
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 FORMAT = "fastchgnet"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _PICKLE_SUFFIXES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".bin"}
 # A pickle of protocol 2 or later, and the zip archive in which torch.save wraps one.

@@ -46,9 +46,9 @@ def our_sets(atoms: Atoms) -> tuple[Counter, Counter]:
         (center, names[i][0], names[j][0], sign * names[i][1] * names[j][1])
         for center, i, j, sign in zip(
             graph.angle_center.tolist(),
-            graph.angle_bond_i.tolist(),
-            graph.angle_bond_j.tolist(),
-            graph.angle_sign.tolist(),
+            graph.short_bond[graph.angle_i].tolist(),
+            graph.short_bond[graph.angle_j].tolist(),
+            (graph.short_sign[graph.angle_i] * graph.short_sign[graph.angle_j]).tolist(),
             strict=True,
         )
     )
@@ -202,7 +202,17 @@ def test_batch_contract() -> None:
     assert (distance[: batch.n_short_bonds] < 3).all()
     assert (distance[batch.n_short_bonds :] >= 3).all()
     assert len(batch.edge_bond) == 2 * len(batch.bond_center)
-    assert max(batch.angle_bond_i.max(), batch.angle_bond_j.max()) < batch.n_short_bonds
+    assert (batch.edge_neighbor == batch.edge_center[batch.edge_reverse]).all()
+    assert (batch.edge_bond == batch.edge_bond[batch.edge_reverse]).all()
+    assert (
+        batch.edge_center[batch.bond_edge] == torch.stack([batch.bond_center, batch.bond_neighbor], 1)
+    ).all()
+    short_vector = batch.short_sign[:, None] * batch.bond_vector[batch.short_bond]
+    assert (short_vector[batch.bond_short[:, 0]] == batch.bond_vector[: batch.n_short_bonds]).all()
+    assert (short_vector[batch.bond_short[:, 1]] == -batch.bond_vector[: batch.n_short_bonds]).all()
+    assert (batch.angle_i != batch.angle_j).all()
+    assert (batch.angle_j == batch.angle_i[batch.angle_reverse]).all()
+    assert (batch.angle_i == batch.angle_j[batch.angle_reverse]).all()
     shift = torch.einsum("us,usx->ux", batch.bond_image.double(), batch.cell[batch.bond_system])
     vector = systems.position[batch.bond_neighbor] + shift - systems.position[batch.bond_center]
     torch.testing.assert_close(batch.bond_vector, vector, rtol=0, atol=1e-12)
@@ -219,6 +229,31 @@ def test_batch_contract() -> None:
         batch.n_short_bonds,
         len(batch.angle_center),
     ]
+
+
+@pytest.mark.parametrize(
+    "atoms", [[], [ODD["no bonds"]], crystals()], ids=["nothing", "no bonds", "crystals"]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "by_system",
+        "by_center",
+        "by_neighbor",
+        "by_bond",
+        "short_by_bond",
+        "angle_by_center",
+        "angle_by_i",
+        "angle_by_j",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:some atoms have no neighbour")
+def test_an_index_agrees_with_its_transpose(atoms: list[Atoms], name: str) -> None:
+    index = getattr(build_graph(systems_from_atoms(atoms), 6.0, 3.0), name)
+    rows = torch.arange(len(index.segment)) if index.order is None else index.order
+    assert rows.sort().values.tolist() == list(range(len(index.segment)))
+    expected = torch.arange(index.n_segments).repeat_interleave(index.start.diff())
+    assert index.segment[rows].tolist() == expected.tolist()
 
 
 def test_isolated_atoms_warn_once() -> None:

@@ -1,0 +1,143 @@
+"""Gated MLP on gathered projections, weighted and summed by segment: AtomConv, BondConv and AngleUpdate.
+
+Rows are edges or angles. Row n belongs to the segments i, j and k of three tables of projections, and
+
+    h = P_i + Q_j + R_k  (+ A a_n)           [2D], core and gate side by side
+    z = W SiLU(h) + b                        block by block; z = h where there is no hidden layer
+    n = g * (z - mean z) / std z + c         LayerNorm, block by block; n = z where there is no norm
+    m = SiLU(n_core) * sigmoid(n_gate)       [D]
+    y_i = sum of w_k * m over the rows of i; without weights the rows m themselves
+
+Rows are sorted by i. AtomConv: i centre, j neighbour, k bond; BondConv: i and k the short edges of an
+angle, j its centre, a the angle's features; AngleUpdate: the same without hidden layer, weights and sum.
+
+VJP, with a gradient G of y gathered by i (S is SiLU, s the sigmoid):
+
+    dm = w G                   dw = sum over k of m G
+    dn = (s(n_gate) S'(n_core), S(n_core) s'(n_gate)) dm
+    dz = L(g dn)               with L(q) = (q - mean q - x mean(q x)) / std z, symmetric; x the normalised z
+    dh = S'(h) W^T dz          dP, dQ, dR = sums of dh over i, j, k;   da = A^T dh
+    dW = dz S(h)^T, db = sum dz, dg = sum x dn, dc = sum dn, dA = dh a^T
+
+VJP of the VJP. Cotangents of dP, dQ, dR, da are a direction u_h = u_P + u_Q + u_R + A u_a of h, one of dw
+is a direction u_w of w. Since <u, J^T G> = <G, J u>, the gradient of G is the tangent y' = sum of
+u_w m + w m', with
+
+    h' = u_h,  z' = W S'(h) h',  n' = g L(z'),
+    m' = S'(n_core) s(n_gate) n'_core + S(n_core) s'(n_gate) n'_gate
+
+and the other gradients are the VJP of <G, y'> by h, w and the parameters. A ~ marks them:
+
+    m~ = G u_w and m'~ = G w           give n~ (with the second derivatives of S and s) and n'~
+    z'~ = L(g n'~)
+    z~ = L(g n~) - (x mean(g n'~ L(z')) + mean(z' x) z'~ + mean(g n'~ x) L(z')) / std z
+    h~ = S'(h) W^T z~ + S''(h) h' W^T z'~
+    W~ = z~ S(h)^T + z'~ (S'(h) h')^T,  g~ = x n~ + L(z') n'~,  A~ = h~ a^T + (S'(h) W^T z'~) u_a^T
+
+Saved: the inputs. Everything between is computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastchgnet.graph import Index
+from fastchgnet.ops import _message_torch
+from fastchgnet.ops._message_inputs import EPS, Inputs
+from fastchgnet.ops._register import Family
+
+Tables = tuple[Tensor, Tensor, Tensor]
+"""Projections that rows gather: [n_i, 2D], [n_j, 2D] and [n_k, 2D], core and gate side by side."""
+
+
+class MLP(NamedTuple):
+    """Parameters of the gated MLP behind the projections; None where it has none such."""
+
+    angle: Any  # [2D, D] on row features
+    weight: Any  # [2, D, D] hidden layer of core and gate
+    bias: Any  # [2, D]
+    scale: Any  # [1 or 2, D] LayerNorm
+    shift: Any  # [1 or 2, D]
+
+
+class Rows(NamedTuple):
+    """The segments of every row."""
+
+    i: Index  # rows are sorted by this one
+    j: Index
+    k: Index
+
+
+def messages(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp: MLP, rows: Rows) -> Tensor:
+    """Gated messages of every row, summed over i where they have weights.
+
+    Args:
+        tables: projections [n_i, 2D], [n_j, 2D], [n_k, 2D].
+        weight: [n_k, D] of the messages, or None.
+        rows_ND: [N, D] features of the rows themselves, or None.
+        mlp: parameters.
+        rows: segments of the rows.
+
+    Returns:
+        [n_i, D], or [N, D] without weights.
+    """
+    i, j, k = rows
+    return _family(
+        *tables,
+        weight,
+        rows_ND,
+        *mlp,
+        i.segment,
+        i.start,
+        j.segment,
+        j.start,
+        j.order,
+        k.segment,
+        k.start,
+        k.order,
+    )
+
+
+def reference(m: Inputs) -> Tensor:
+    """Compute the op in plain PyTorch, differentiable to any order."""
+    h = m.p[m.i] + m.q[m.j] + m.r[m.k]
+    if m.a is not None:
+        h = h + F.linear(m.a, m.angle_weight)
+    z = h.view(len(h), 2, h.shape[1] // 2)
+    if m.weight is not None:
+        z = torch.einsum("nbd,bcd->nbc", F.silu(z), m.weight) + m.bias
+    if m.scale is not None:
+        z = F.layer_norm(z, z.shape[2:], eps=EPS) * m.scale + m.shift
+    message = F.silu(z[:, 0]) * torch.sigmoid(z[:, 1])
+    if m.w is None:
+        return message
+    return message.new_zeros(len(m.p), message.shape[1]).index_add(0, m.i, m.w[m.k] * message)
+
+
+_family = Family(
+    "messages",
+    features=["Tensor p", "Tensor q", "Tensor r", "Tensor? w", "Tensor? a"],
+    parameters=[f"Tensor? {name}" for name in ("angle_weight", "weight", "bias", "scale", "shift")],
+    constants=[
+        "Tensor i",
+        "Tensor i_start",
+        "Tensor j",
+        "Tensor j_start",
+        "Tensor? j_order",
+        "Tensor k",
+        "Tensor k_start",
+        "Tensor? k_order",
+    ],
+    forward=_message_torch.forward,
+    backward=_message_torch.backward,
+    backward_backward=_message_torch.backward_backward,
+    shape=lambda *inputs: _shape(Inputs(*inputs)),
+)
+
+
+def _shape(m: Inputs) -> Tensor:
+    return m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.p.shape[1] // 2)

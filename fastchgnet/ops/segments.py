@@ -1,0 +1,81 @@
+"""Gather rows of a table, and sum rows by segment: each the derivative of the other.
+
+With y[N, D], t[n, D] and the segment s(k) of each row k:
+
+    gather       y_k = t_s(k)                     VJP: segment_sum
+    segment_sum  t_s = sum of y_k over s(k) = s   VJP: gather
+
+A segment's rows are added in the order in which the index lists them, so that results repeat bit for bit;
+nothing is saved. Both are linear, so the chain of derivatives never ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastchgnet.graph import Index
+
+
+def gather(table: Tensor, index: Index) -> Tensor:
+    """Read the row of every segment, [n, D] to [N, D]."""
+    return _gather(table, index.segment, index.start, index.order)
+
+
+def segment_sum(rows: Tensor, index: Index) -> Tensor:
+    """Sum rows by segment, [N, D] to [n, D]; segments without rows are zero."""
+    return _segment_sum(rows, index.segment, index.start, index.order)
+
+
+def reference(rows: Tensor, index: Index) -> Tensor:
+    """Sum rows by segment in plain PyTorch."""
+    return rows.new_zeros(index.n_segments, rows.shape[1]).index_add(0, index.segment, rows)
+
+
+def sum_rows(rows: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
+    """Sum rows by segment, from the transpose alone."""
+    if not len(rows) or len(start) == 1 or (order is not None and not len(order)):
+        return rows.new_zeros(len(start) - 1, rows.shape[1])
+    if order is None:
+        order = torch.arange(len(rows), device=rows.device)
+    # the fastest sum over ragged segments that PyTorch has on CPUs, and one without atomic additions on GPUs
+    total, *_ = torch.ops.aten._embedding_bag(rows, order, start, False, 0, False, None, True)
+    return total
+
+
+@torch.library.custom_op("fastchgnet::gather", mutates_args=())
+def _gather(table: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
+    return table.index_select(0, segment)
+
+
+@torch.library.custom_op("fastchgnet::segment_sum", mutates_args=())
+def _segment_sum(rows: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
+    return sum_rows(rows, start, order)
+
+
+@_gather.register_fake
+def _(table: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
+    return table.new_empty(len(segment), table.shape[1])
+
+
+@_segment_sum.register_fake
+def _(rows: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
+    return rows.new_empty(len(start) - 1, rows.shape[1])
+
+
+def _keep_index(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _segment_sum(grad.contiguous(), *ctx.saved_tensors), None, None, None
+
+
+def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _gather(grad, *ctx.saved_tensors), None, None, None
+
+
+_gather.register_autograd(_gather_backward, setup_context=_keep_index)
+_segment_sum.register_autograd(_segment_sum_backward, setup_context=_keep_index)
