@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fastchgnet.bench.cli import app as bench
 from fastchgnet.errors import InputError
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
 
 
 @app.command(epilog="Example: fastchgnet train examples/example.yaml --set optim.learning_rate=1e-3")

@@ -1,0 +1,114 @@
+"""Our arm: the very calls that `fastchgnet train` and `fastchgnet.predict` make."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from fastchgnet.bench.frames import Answer, Workload
+from fastchgnet.bench.timing import Work
+from fastchgnet.config import ModelConfig, Provenance, RunConfig
+from fastchgnet.data.store import Store, write_store
+from fastchgnet.graph import Batch, Systems
+from fastchgnet.potential import Potential
+from fastchgnet.prediction import predict
+from fastchgnet.published import load
+from fastchgnet.train.loop import Trainer
+from fastchgnet.train.setup import Frames, reproducible
+
+
+class Training(NamedTuple):
+    """What one optimiser step of our trainer consists of."""
+
+    step: Work  # graphs built beforehand
+    step_with_graphs: Work  # frames gathered from the store and graphs built in the step
+    gather: Work  # frames from the store
+    build: Work  # graphs of gathered frames
+
+
+@contextlib.contextmanager
+def training(workload: Workload, readout: str, device: torch.device) -> Iterator[Training]:
+    """Set a training run up whose only batch is the workload; its settings are the defaults.
+
+    Those shorten long gradients and average the weights, which the published trainer does not.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_store(workload.frames, folder / "store", Provenance(name="bench"))
+        frames = Frames(Store(folder / "store"), np.arange(len(workload.frames)))
+        n_frames = len(frames.indices)
+        config = RunConfig.model_validate(
+            {
+                "model": {"readout": readout},
+                "loss": {"preset": "chgnet"},
+                "data": {"train": folder / "store", "batch_size": n_frames},
+                "train": {"out": folder / "run", "device": device.type},
+            }
+        )
+        log = logging.getLogger("fastchgnet.references")
+        log.disabled = True  # a few frames never determine all reference energies
+        trainer = Trainer(config, frames, frames, device, None)
+        log.disabled = False
+        trainer.potential.train()
+        positions = np.arange(n_frames)
+        (item,) = trainer.load(frames, [positions])
+        systems, _ = frames.gather(positions)
+
+        def step() -> None:
+            # The trainer's own settings, entered for this call alone: they are not for the other arm.
+            with reproducible(device):
+                trainer.step(item)
+
+        def step_with_graphs() -> None:
+            with reproducible(device):
+                (fresh,) = trainer.load(frames, [positions])
+                trainer.step(fresh)
+
+        yield Training(
+            step=step,
+            step_with_graphs=step_with_graphs,
+            gather=lambda: frames.gather(positions),
+            build=lambda: trainer.potential.build_graph(systems),
+        )
+
+
+def atoms_of(workload: Workload) -> list[Atoms]:
+    """Give the workload as ASE atoms, our input."""
+    return [
+        Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc) for frame in workload.frames
+    ]
+
+
+class Inference:
+    """Energies, forces, stresses and magnetic moments of crystals, graphs included."""
+
+    def __init__(self, readout: str, device: torch.device) -> None:
+        """Take the published weights, or an untrained model where there are none for the readout."""
+        if readout == "conservative":
+            self.potential = load("chgnet-0.3.0", device.type)
+        else:
+            self.potential = _untrained(ModelConfig(readout="direct")).to(device).eval()
+
+    def predict(self, atoms: Sequence[Atoms], batch_size: int) -> list[Answer]:
+        """Predict all four quantities."""
+        done = predict(self.potential, atoms, batch_size)
+        return [(one.energy_per_atom, one.forces) for one in done]
+
+
+def graph_builder(device: torch.device) -> Callable[[Systems], Batch]:
+    """Return what builds the graph of a batch for the default model on a device."""
+    return _untrained(ModelConfig()).to(device).build_graph
+
+
+def _untrained(config: ModelConfig) -> Potential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Potential(config, torch.zeros(94, dtype=torch.float64), Provenance(name="untrained"))
