@@ -12,6 +12,12 @@ from typing import IO
 from fastchgnet.errors import InputError
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made anew: FASTCHGNET_CACHE, else one in the user's cache."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FASTCHGNET_CACHE") or Path(user_cache) / "fastchgnet")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` beside `path`, and rename it to `path` once it is safely on the disk.
 

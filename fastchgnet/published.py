@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from torch import Tensor
 from fastchgnet.config import ModelConfig, Provenance
 from fastchgnet.device import pick_device
 from fastchgnet.errors import InputError
+from fastchgnet.files import cache_folder
 from fastchgnet.potential import Potential
 from fastchgnet.weights import load_potential, save_potential
 
@@ -199,10 +199,8 @@ def describe(name: str) -> dict[str, str | int]:
 
 
 def cache_path(name: str) -> Path:
-    """Return where the published weights `name` are kept: FASTCHGNET_CACHE, else the user's cache."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get("FASTCHGNET_CACHE") or Path(user_cache) / "fastchgnet"
-    return Path(folder) / f"{name}.safetensors"
+    """Return where the published weights `name` are kept."""
+    return cache_folder() / f"{name}.safetensors"
 
 
 def read_published(checkpoint: Published, folder: Path) -> Potential:

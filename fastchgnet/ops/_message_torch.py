@@ -52,7 +52,7 @@ def _gathered(tables: tuple[Any, ...], row_part: Any, m: Inputs, at: slice) -> A
     return total
 
 
-def _blocks(x_N2D: Tensor) -> Tensor:
+def _blocks(x_N2D: Any) -> Tensor:
     """Put core and gate behind each other, [2, N, D]."""
     return x_N2D.view(len(x_N2D), 2, x_N2D.shape[1] // 2).transpose(0, 1)
 

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastchgnet.graph import Index
-from fastchgnet.ops import _message_torch
+from fastchgnet.ops import _message_native
 from fastchgnet.ops._message_inputs import EPS, Inputs
 from fastchgnet.ops._register import Family
 
@@ -132,9 +132,9 @@ _family = Family(
         "Tensor k_start",
         "Tensor? k_order",
     ],
-    forward=_message_torch.forward,
-    backward=_message_torch.backward,
-    backward_backward=_message_torch.backward_backward,
+    forward=_message_native.forward,
+    backward=_message_native.backward,
+    backward_backward=_message_native.backward_backward,
     shape=lambda *inputs: _shape(Inputs(*inputs)),
 )
 

@@ -1,0 +1,111 @@
+"""The C++ bodies of CPU ops: compiled once for the machine at hand, kept in the user's cache.
+
+Where there is no C++ compiler the PyTorch bodies serve, a few times slower; FASTCHGNET_NATIVE=0 asks for
+them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastchgnet.files import cache_folder
+
+_SOURCES = Path(__file__).parent / "native"
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+_TUNING = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
+_ROWS_PER_THREAD = 256
+"""Starting a thread costs about as much as this many rows."""
+
+logger = logging.getLogger(__name__)
+_enabled = os.environ.get("FASTCHGNET_NATIVE", "1") != "0"
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Use the PyTorch bodies inside, for tests and comparisons."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the compiled bodies, or None where they are switched off or cannot be had."""
+    return _load() if _enabled else None
+
+
+def n_threads(n_rows: int) -> int:
+    """Return how many threads so many rows are worth."""
+    return max(1, min(torch.get_num_threads(), n_rows // _ROWS_PER_THREAD))
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Return the address of a contiguous tensor's values."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    if compiler is None:
+        logger.info("no C++ compiler found: CPU ops run as PyTorch, a few times slower")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        line = next(iter(reason.strip().splitlines()), type(error).__name__)
+        logger.warning("CPU ops run as PyTorch, a few times slower: %s failed (%s)", compiler, line)
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """Compile the sources, unless the cache has them for this compiler and processor."""
+    path = cache_folder() / f"ops-{_fingerprint(compiler)}.so"
+    if path.exists():
+        return path
+    logger.info("compiling CPU ops, once for this machine")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # beside, then renamed: other processes find all of it or nothing
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "ops.so"
+        for tuning in _TUNING:
+            command = [compiler, *_FLAGS, *tuning, "-o", str(made), str(_SOURCES / "message.cpp")]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=tuning == ())
+            if done.returncode == 0:
+                break
+        made.replace(path)
+    return path
+
+
+def _fingerprint(compiler: str) -> str:
+    """Hash what the compiled file depends on; one cache may serve several machines."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    parts = [version.stdout, platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
+    parts += [source.read_text() for source in sorted(_SOURCES.iterdir())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Describe the processor by its features, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

@@ -1,0 +1,100 @@
+// Small dense arithmetic on tiles of rows that stay in a core's cache.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, ROWS_AT_ONCE = 6, VECTORS_AT_ONCE = 4;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, ROWS_AT_ONCE = 6, VECTORS_AT_ONCE = 2;
+#else
+constexpr int VECTOR_BYTES = 16, ROWS_AT_ONCE = 4, VECTORS_AT_ONCE = 4;
+#endif
+constexpr int LANES = VECTOR_BYTES / sizeof(float);
+
+typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t IntVec __attribute__((vector_size(VECTOR_BYTES)));
+
+static inline Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof(Vec));
+    return v;
+}
+
+static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(Vec)); }
+
+static inline Vec all(float x) { return x - Vec{}; }
+
+static inline float total(Vec v) {
+    float sum = 0;
+    for (int n = 0; n < LANES; n++) sum += v[n];
+    return sum;
+}
+
+// 1 / (1 + exp(-x)). exp(t) = 2^n exp(r) with |r| <= ln(2) / 2 and a polynomial of degree 6, to 1e-7.
+static inline Vec sigmoid(Vec x) {
+    Vec t = -x;
+    t = t > 87.0f ? all(87.0f) : t;
+    t = t < -87.0f ? all(-87.0f) : t;
+    const Vec shifter = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec n = (t * 1.44269504088896341f + shifter) - shifter;
+    const Vec r = (t - n * 0.693359375f) - n * -2.12194440e-4f;
+    Vec p = all(1.0f / 720);
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    Vec scale;
+    std::memcpy(&scale, &power, sizeof(Vec));
+    return 1.0f / (1.0f + p * scale);
+}
+
+// c[M, N] = start + a[M, K] b[K, N], start a bias [N], what c holds, or nothing.
+// With `transposed`, a is read as [K, M]. N is a multiple of LANES.
+enum class Start { zero, bias, add };
+
+template <int ROWS, int VECTORS, bool transposed>
+static inline void block(
+    int K, const float* a, int lda, const float* b, int ldb, float* c, int ldc, Start start, const float* bias) {
+    Vec sum[ROWS][VECTORS];
+    for (int m = 0; m < ROWS; m++)
+        for (int v = 0; v < VECTORS; v++)
+            sum[m][v] = start == Start::add    ? load(c + m * ldc + v * LANES)
+                        : start == Start::bias ? load(bias + v * LANES)
+                                               : Vec{};
+    for (int k = 0; k < K; k++) {
+        Vec row[VECTORS];
+        for (int v = 0; v < VECTORS; v++) row[v] = load(b + k * ldb + v * LANES);
+        for (int m = 0; m < ROWS; m++) {
+            const float x = transposed ? a[k * lda + m] : a[m * lda + k];
+            for (int v = 0; v < VECTORS; v++) sum[m][v] += x * row[v];
+        }
+    }
+    for (int m = 0; m < ROWS; m++)
+        for (int v = 0; v < VECTORS; v++) store(c + m * ldc + v * LANES, sum[m][v]);
+}
+
+template <int VECTORS, bool transposed>
+static inline void columns(int M, int K, const float* a, int lda, const float* b, int ldb, float* c, int ldc,
+                           Start start, const float* bias) {
+    const int step = transposed ? 1 : lda;
+    int m = 0;
+    for (; m + ROWS_AT_ONCE <= M; m += ROWS_AT_ONCE)
+        block<ROWS_AT_ONCE, VECTORS, transposed>(K, a + m * step, lda, b, ldb, c + m * ldc, ldc, start, bias);
+    for (; m < M; m++) block<1, VECTORS, transposed>(K, a + m * step, lda, b, ldb, c + m * ldc, ldc, start, bias);
+}
+
+template <bool transposed = false>
+static void multiply(int M, int N, int K, const float* a, int lda, const float* b, int ldb, float* c, int ldc,
+                     Start start = Start::zero, const float* bias = nullptr) {
+    constexpr int WIDE = VECTORS_AT_ONCE * LANES;
+    int n = 0;
+    for (; n + WIDE <= N; n += WIDE)
+        columns<VECTORS_AT_ONCE, transposed>(M, K, a, lda, b + n, ldb, c + n, ldc, start, bias + (bias ? n : 0));
+    for (; n < N; n += LANES)
+        columns<1, transposed>(M, K, a, lda, b + n, ldb, c + n, ldc, start, bias + (bias ? n : 0));
+}
