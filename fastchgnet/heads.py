@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastchgnet.basis import envelope
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
 from fastchgnet.model import D, Features, GatedMLP, projection
 from fastchgnet.ops.message import Rows
+from fastchgnet.ops.radial_basis import envelope
 from fastchgnet.ops.segments import gather, segment_sum
 from fastchgnet.units import GPA
 

@@ -227,7 +227,8 @@ class CHGNet(nn.Module):
         atom_weight_UD = self.atom_weight(basis_UR)
         bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
         bond_weight_KD = gather(bond_weight_BD, graph.short_by_bond)
-        angle_TD = self.angle_embedding(self.angle_basis(*self._arms(batch, bond_vector, distance, graph)))
+        short_K3 = gather(bond_vector[:n_short], graph.short_by_bond) * batch.short_sign[:, None]
+        angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
         atom_AD = self.atom_embedding(batch.atomic_number - 1)
         bonds = BondFeatures(
             short_BD=self.bond_embedding(basis_UR[:n_short]),
@@ -249,14 +250,6 @@ class CHGNet(nn.Module):
         atom_AD = self.atom_convs[-1](atom_AD, bonds, atom_weight_UD, graph.edges)
         site_energy = self.readout(self.readout_norm(atom_AD))[:, 0]
         return Features(site_energy, magmoms, atom_AD, bonds)
-
-    @staticmethod
-    def _arms(batch: Batch, bond_vector: Tensor, distance: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
-        """Unit vectors from the centre along the two short edges of every angle, [T, 3]."""
-        n_short = batch.n_short_bonds
-        unit_K3 = gather(bond_vector[:n_short] / distance[:n_short], graph.short_by_bond)
-        unit_K3 = unit_K3 * batch.short_sign[:, None]
-        return gather(unit_K3, graph.angles.i), gather(unit_K3, graph.angles.k)
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:
         """One where the bond's system has an angle, [U, 1]; only an output bias asks for it."""
