@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastchgnet.errors import InputError
 
@@ -22,3 +23,12 @@ def pick_device(name: str) -> torch.device:
         return number.device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device {name} cannot be used ({str(error).splitlines()[0]})") from error
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Send a tensor of the host to a device without waiting for it to arrive."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        tensor = tensor.pin_memory()
+    # towards the host nobody would wait, and the values could be read before they arrive
+    return tensor.to(device, non_blocking=kind != "cpu")

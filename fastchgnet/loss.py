@@ -45,9 +45,20 @@ class Tally:
         """Join the sums of two sets of crystals."""
         return Tally(self.huber + other.huber, self.absolute + other.absolute, self.count + other.count)
 
-    def detach(self) -> Tally:
-        """Forget how the sums were computed."""
-        return Tally(self.huber.detach(), self.absolute, self.count)
+    @torch.no_grad()
+    def add_(self, other: Tally) -> None:
+        """Join the sums of more crystals to these, in place and without a gradient."""
+        for name, total in self.as_dict().items():
+            total.add_(getattr(other, name))
+
+    def zero_(self) -> None:
+        """Forget all crystals, in place."""
+        for total in self.as_dict().values():
+            total.zero_()
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """Name the sums."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
     def report(self) -> dict[str, float | None]:
         """Compute the mean absolute errors under the names of REPORT_UNITS; None without any label."""

@@ -11,18 +11,20 @@ import pytest
 import torch
 from crystals import CONSERVATIVE, OLD, PAIR, PAPER, SMOOTH, crystals, potential
 
-from fastchgnet.config import ModelConfig
+from fastchgnet.config import LossConfig, ModelConfig
 from fastchgnet.graph import Labels
-from fastchgnet.loss import empty_tally, tally, total_loss
 from fastchgnet.neighbors import systems_from_atoms
-from fastchgnet.train.optim import clip_gradients, update_average
+from fastchgnet.padding import Capacity, pad, pad_labels, rows_of
+from fastchgnet.train.optim import Optimizer
+from fastchgnet.train.step import Step
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("config", [CONSERVATIVE, PAIR, PAPER, SMOOTH, OLD])
-def test_a_step_stays_on_its_device(config: ModelConfig) -> None:
+def test_a_step_stays_on_its_device(config: ModelConfig, padded: bool) -> None:
     model = potential(config, torch.float32).to("meta").train()
     average = copy.deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters())
+    step = Step(model, Optimizer(model, average, clip_norm=1.0), LossConfig())
     batch = model.build_graph(systems_from_atoms(crystals()))
     n_systems, n_atoms = batch.n_systems, len(batch.atomic_number)
     labels = Labels(
@@ -31,11 +33,8 @@ def test_a_step_stays_on_its_device(config: ModelConfig) -> None:
         torch.zeros(n_systems, 3, 3),
         torch.zeros(n_atoms),
     ).to("meta")
-    sums = tally(model(batch), labels, batch)
-    loss = total_loss(sums.huber, sums.count, (2.0, 1.5, 0.1, 0.1))
-    loss.backward()
-    norm = clip_gradients(model.parameters(), 1.0)
-    optimizer.step()
-    update_average(average, model, 0.99, step=3)
-    total = empty_tally("meta") + sums.detach()
-    assert {t.device.type for t in (loss + norm, total.huber, *average(batch))} == {"meta"}
+    if padded:
+        capacity = Capacity(*(n + 3 for n in rows_of(batch)))
+        batch, labels = pad(batch, capacity), pad_labels(labels, capacity)
+    health = step(batch, labels, torch.zeros(3, device="meta"))
+    assert {t.device.type for t in (health, step.sums.huber, *average(batch))} == {"meta"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import threading
@@ -18,7 +19,7 @@ from fastchgnet.errors import InputError
 from fastchgnet.train.batches import epoch_batches, prefetch
 from fastchgnet.train.checkpoint import Progress, load_state, save_state
 from fastchgnet.train.log import RunLog, read_metrics
-from fastchgnet.train.optim import clip_gradients, learning_rate, update_average
+from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
 
 MINIMAL = {"data": {"train": "store"}, "train": {"out": "run"}}
 
@@ -145,26 +146,56 @@ def test_learning_rate_warms_up_and_anneals() -> None:
     assert [learning_rate(s, 1, 0, config) for s in (0,)] == [2.0]
 
 
-def test_average_follows_its_formula() -> None:
+def twins() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    current, average = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
-    expected = average.weight.detach().clone()
-    for step, keep in enumerate((0.1, 2 / 11, 0.2, 0.2)):
-        nn.init.normal_(current.weight)
-        update_average(average, current, decay=0.2, step=step)
-        expected = keep * expected + (1 - keep) * current.weight.detach()
-        torch.testing.assert_close(average.weight.detach(), expected)
-    update_average(average, current, decay=0.0, step=9)
-    assert torch.equal(average.weight, current.weight)
+    current = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5)).double()
+    return current, copy.deepcopy(current)
 
 
-def test_clipping_reports_the_norm_it_found() -> None:
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([3.0, 4.0])
-    assert clip_gradients([parameter], None) == 5
-    assert parameter.grad.tolist() == [3, 4]
-    assert clip_gradients([parameter], 1.0) == 5
-    assert parameter.grad.norm() == pytest.approx(1, rel=1e-5)  # torch adds 1e-6 to the norm
+@pytest.mark.parametrize("clip_norm", [None, 0.7])
+def test_steps_are_those_of_torch(clip_norm: float | None) -> None:
+    current, average = twins()
+    theirs, their_average = twins()
+    adam = torch.optim.Adam(theirs.parameters())
+    optimizer = Optimizer(current, average, clip_norm)
+    for step in range(5):
+        gradients = [(step + 1) * torch.randn_like(p) for p in current.parameters()]
+        sizes = step_sizes(step, rate=0.1 / (step + 1), ema_decay=0.2)
+        norm = optimizer.update(gradients, torch.tensor(sizes, dtype=torch.float64))
+
+        for parameter, gradient in zip(theirs.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm or 1e9)
+        adam.param_groups[0]["lr"] = 0.1 / (step + 1)
+        adam.step()
+        keep = (0.1, 2 / 11, 0.2, 0.2, 0.2)[step]
+        with torch.no_grad():
+            for mean, parameter in zip(their_average.parameters(), theirs.parameters(), strict=True):
+                mean.copy_(keep * mean + (1 - keep) * parameter)
+        torch.testing.assert_close(norm, expected)
+        # the same formulas in another order, in fp64
+        for mine, other in ((current, theirs), (average, their_average)):
+            for found, wanted in zip(mine.parameters(), other.parameters(), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_without_decay_the_average_is_the_current_weights() -> None:
+    current, average = twins()
+    optimizer = Optimizer(current, average, None)
+    sizes = torch.tensor(step_sizes(9, rate=0.1, ema_decay=0.0), dtype=torch.float64)
+    optimizer.update([torch.randn_like(p) for p in current.parameters()], sizes)
+    assert all(torch.equal(a, c) for a, c in zip(average.parameters(), current.parameters(), strict=True))
+
+
+def test_parameters_become_views_of_one_buffer() -> None:
+    current, average = twins()
+    before = [p.detach().clone() for p in current.parameters()]
+    optimizer = Optimizer(current, average, None)
+    starts = [(p.data_ptr() - optimizer.weights.data_ptr()) / 8 for p in current.parameters()]
+    assert all(start % 64 == 0 for start in starts)
+    assert all(torch.equal(p, q) for p, q in zip(current.parameters(), before, strict=True))
+    optimizer.weights.zero_()
+    assert not any(p.any() for p in current.parameters()) and any(p.any() for p in average.parameters())
 
 
 # saved states

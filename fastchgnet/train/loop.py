@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastchgnet.config import RunConfig, load_run_config
-from fastchgnet.device import pick_device
+from fastchgnet.device import pick_device, to_device
 from fastchgnet.errors import InputError
 from fastchgnet.files import only_process, write_atomically
 from fastchgnet.graph import Batch, Labels
@@ -27,7 +27,7 @@ from fastchgnet.loss import Tally, empty_tally, tally, total_loss
 from fastchgnet.train.batches import epoch_batches, prefetch
 from fastchgnet.train.checkpoint import Progress, load_state, save_state
 from fastchgnet.train.log import RunLog, read_metrics
-from fastchgnet.train.optim import clip_gradients, learning_rate, update_average
+from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
 from fastchgnet.train.setup import (
     Frames,
     blank_potential,
@@ -37,6 +37,7 @@ from fastchgnet.train.setup import (
     resolve,
 )
 from fastchgnet.train.signals import stop_request
+from fastchgnet.train.step import Later, Step
 from fastchgnet.weights import save_potential
 
 
@@ -79,7 +80,7 @@ class Item(NamedTuple):
 class Unchecked(NamedTuple):
     """A step whose loss and gradient the host has not looked at yet."""
 
-    health: Tensor  # a finite number unless something went wrong
+    health: Later  # a finite number unless something went wrong
     step: int
     positions: NDArray[np.int64]
 
@@ -153,9 +154,9 @@ class Trainer:
         build = first_potential if state is None else blank_potential
         self.potential = build(config, train, self.device)
         self.average = copy.deepcopy(self.potential).eval()
-        self.optimizer = torch.optim.Adam(self.potential.parameters(), lr=config.optim.learning_rate)
+        self.optimizer = Optimizer(self.potential, self.average, config.optim.clip_norm)
+        self.take_step = Step(self.potential, self.optimizer, config.loss)
         self.progress = Progress(frames=train.fingerprint())
-        self.sums = empty_tally(self.device)
         if state is not None:
             self._restore(*state)
         self.n_batches = math.ceil(len(train.indices) / config.data.batch_size)
@@ -212,27 +213,19 @@ class Trainer:
 
     def step(self, item: Item) -> None:
         """Take one step of the optimizer."""
-        optim = self.config.optim
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.progress.step)
-        self.optimizer.zero_grad()
-        sums = tally(self.potential(item.batch), item.labels, item.batch, self.config.loss.delta)
-        # These are the counts of the whole batch: processes that share one would add them up here, and
-        # their gradients below.
-        loss = total_loss(sums.huber, sums.count, self.config.loss.weights)
-        loss.backward()
-        norm = clip_gradients(self.potential.parameters(), optim.clip_norm)
-        self.optimizer.step()
-        update_average(self.average, self.potential, optim.ema_decay, self.progress.step)
-        self.sums = self.sums + sums.detach()
+        optim, step = self.config.optim, self.progress.step
+        sizes = torch.tensor(
+            step_sizes(step, self.learning_rate(step), optim.ema_decay), dtype=self.potential.dtype
+        )
+        health = self.take_step(item.batch, item.labels, to_device(sizes, self.device))
         # Looking at the step before this one keeps the device busy while the host waits for the answer.
         self.check()
-        self.unchecked = Unchecked(loss.detach() + norm, self.progress.step + 1, item.positions)
+        self.unchecked = Unchecked(Later(health), step + 1, item.positions)
 
     def check(self) -> None:
         """Raise InputError where the last unchecked step was not finite; no state has been saved since."""
         last, self.unchecked = self.unchecked, None
-        if last is not None and not torch.isfinite(last.health):
+        if last is not None and not math.isfinite(last.health.value()):
             self._refuse("loss or its gradient", last.step, self.train.names(last.positions))
 
     def _refuse(self, what: str, step: int, names: str) -> NoReturn:
@@ -261,7 +254,7 @@ class Trainer:
         weights, p = self.config.loss.weights, self.progress
         described = {
             name: {"loss": total_loss(sums.huber, sums.count, weights).item(), **sums.report()}
-            for name, sums in (("train", self.sums), ("val", validation))
+            for name, sums in (("train", self.take_step.sums), ("val", validation))
         }
         return {
             "epoch": p.epoch + 1,
@@ -280,7 +273,7 @@ class Trainer:
             save_potential(self.average, self.folder / f"{name}.safetensors", {"metrics": row})
         p = dataclasses.replace(self.progress, epoch=epoch, batch=0, seconds=0.0)
         self.progress = dataclasses.replace(p, best_loss=loss, best_epoch=epoch) if best else p
-        self.sums = empty_tally(self.device)
+        self.take_step.sums.zero_()
         self.save_state()
 
     def save_state(self) -> None:
@@ -288,10 +281,8 @@ class Trainer:
         self.check()
         tensors = {f"potential.{name}": t for name, t in self.potential.state_dict().items()}
         tensors |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
-        names = [name for name, _ in self.potential.named_parameters()]
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{names[index]}.{key}": t for key, t in moments.items()}
-        tensors |= {f"sums.{name}": getattr(self.sums, name) for name in self.sums.__slots__}
+        tensors |= {f"adam.{name}": t for name, t in self.optimizer.state().items()}
+        tensors |= {f"sums.{name}": t for name, t in self.take_step.sums.as_dict().items()}
         save_state(self.folder / "state", tensors, self.progress)
         self.saved_at = time.monotonic()
 
@@ -306,11 +297,11 @@ class Trainer:
 
         self.potential.load_state_dict(below("potential."))
         self.average.load_state_dict(below("average."))
-        moments = {
-            index: found
-            for index, (name, _) in enumerate(self.potential.named_parameters())
-            if (found := below(f"adam.{name}."))
-        }
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.sums = Tally(**{name: t.to(self.device) for name, t in below("sums.").items()})
+        rest = {"adam.": self.optimizer.state(), "sums.": self.take_step.sums.as_dict()}
+        for prefix, mine in rest.items():
+            saved = below(prefix)
+            if saved.keys() != mine.keys():
+                raise InputError(f"{self.folder}: its state was saved by another version; start a new run")
+            for name, tensor in mine.items():
+                tensor.copy_(saved[name])
         self.progress = progress

@@ -1,14 +1,21 @@
-"""The learning rate over a run, and the average of the weights along it."""
+"""The optimizer of a run: its schedule, and Adam with clipping and averaging on one flat buffer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastchgnet.config import OptimConfig
+
+BETA_MEAN = 0.9
+BETA_SQUARE = 0.999
+EPS = 1e-8
+
+_ALIGN = 64
+"""Elements that the place of a parameter in the buffer is a multiple of: vector loads want 16 bytes."""
 
 
 def learning_rate(step: int, n_steps: int, n_warmup: int, config: OptimConfig) -> float:
@@ -27,26 +34,96 @@ def learning_rate(step: int, n_steps: int, n_warmup: int, config: OptimConfig) -
     return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * cosine)
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, current: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the current ones by 1 - decay.
+def step_sizes(step: int, rate: float, ema_decay: float) -> tuple[float, float, float]:
+    """Return what changes from step to step: Adam's step, its scale of the variance, the average's step.
 
-    Early on the decay is (1 + step) / (10 + step), so that the initial weights are soon forgotten. With
-    decay 0 the average equals the current weights.
+    With g the gradient and k = step + 1, Adam (Kingma and Ba 2015) is
+
+        m = b1 m + (1 - b1) g,  s = b2 s + (1 - b2) g^2
+        w = w - rate / (1 - b1^k) * m / (sqrt(s / (1 - b2^k)) + eps)
+
+    The averaged weights move towards w by 1 - decay. Early on the decay is (1 + step) / (10 + step), so that
+    the initial weights are soon forgotten; with `ema_decay` 0 the average equals the current weights.
 
     Args:
-        average: module with the averaged weights, changed in place.
-        current: module of the same kind.
-        decay: final decay per step, 0 to 1.
         step: 0 for the first step.
+        rate: learning rate of the step.
+        ema_decay: final decay of the averaged weights, 0 to 1.
     """
-    keep = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(current.parameters()), 1 - keep)
+    keep = min(ema_decay, (1 + step) / (10 + step))
+    variance = 1 / math.sqrt(1 - BETA_SQUARE ** (step + 1))
+    return rate / (1 - BETA_MEAN ** (step + 1)), variance, 1 - keep
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """Shorten the gradient to `max_norm` where it is longer; return the norm it had, on the device."""
-    parameters = list(parameters)
-    if max_norm is not None:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+class Optimizer:
+    """Clip, Adam and the running average: a few operations on one flat buffer, none of which the host awaits.
+
+    The parameters of both modules become views into its buffers, so they must stay on their device and in
+    their precision from then on.
+
+    Args:
+        current: module that is trained.
+        average: module of the same kind that holds the running average of its weights.
+        clip_norm: norm to which a longer gradient is shortened, if any.
+    """
+
+    def __init__(self, current: nn.Module, average: nn.Module, clip_norm: float | None) -> None:
+        self.parameters = list(current.parameters())
+        self.clip_norm = clip_norm
+        self.weights = _flatten(self.parameters)
+        self.average = _flatten(list(average.parameters()))
+        self.gradient = torch.zeros_like(self.weights)
+        self.gradients = _views(self.gradient, self.parameters)
+        self.mean = torch.zeros_like(self.weights)
+        self.square = torch.zeros_like(self.weights)
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
+        """Take a step and return the norm the gradient had, on the device.
+
+        Args:
+            gradients: one for each parameter.
+            sizes: `step_sizes` of this step, [3], on the device and in the precision of the weights.
+        """
+        torch._foreach_copy_(self.gradients, list(gradients))
+        norm = torch.linalg.vector_norm(self.gradient)
+        if self.clip_norm is not None:
+            self.gradient.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        size, variance, average = sizes.unbind()
+        self.mean.lerp_(self.gradient, 1 - BETA_MEAN)
+        self.square.mul_(BETA_SQUARE).addcmul_(self.gradient, self.gradient, value=1 - BETA_SQUARE)
+        root = self.square.sqrt().mul_(variance).add_(EPS)
+        self.weights.sub_((self.mean / root).mul_(size))
+        self.average.lerp_(self.weights, average)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on beside the weights."""
+        return {"mean": self.mean, "square": self.square}
+
+
+def _places(parameters: Sequence[Tensor]) -> list[int]:
+    """First element of each parameter in the buffer, and the length of the buffer."""
+    places = [0]
+    for parameter in parameters:
+        places.append(places[-1] + math.ceil(parameter.numel() / _ALIGN) * _ALIGN)
+    return places
+
+
+def _views(buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The part of the buffer that belongs to each parameter, in its shape."""
+    places = _places(parameters)[:-1]
+    return [
+        buffer[place : place + parameter.numel()].view_as(parameter)
+        for place, parameter in zip(places, parameters, strict=True)
+    ]
+
+
+def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Move parameters into one buffer, into which they become views."""
+    first = parameters[0]
+    buffer = torch.zeros(_places(parameters)[-1], dtype=first.dtype, device=first.device)
+    for parameter, view in zip(parameters, _views(buffer, parameters), strict=True):
+        view.copy_(parameter.detach())
+        parameter.data = view
+    return buffer
