@@ -81,12 +81,13 @@ class _Bonds(NamedTuple):
 
 def _find_bonds(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> _Bonds:
     """Find every undirected pair within the cutoff; r_ij = r_j + image @ cell - r_i."""
-    search = NeighborList(cutoff=atom_cutoff, full_list=False)
-    position, cell, pbc = systems.position.numpy(), systems.cell.numpy(), systems.pbc.numpy()
+    # a little farther: which of the pairs at the very cutoff count is decided below, for every device alike
+    search = NeighborList(cutoff=atom_cutoff * (1 + 1e-9), full_list=False)
+    position, cells, pbc = systems.position.numpy(), systems.cell.numpy(), systems.pbc.numpy()
     ends = np.cumsum(systems.n_atoms, dtype=np.int64)
     found = [
         (start, *search.compute(position[start:end], box, periodic, quantities="PS"))
-        for start, end, box, periodic in zip(np.concatenate([[0], ends]), ends, cell, pbc, strict=False)
+        for start, end, box, periodic in zip(np.concatenate([[0], ends]), ends, cells, pbc, strict=False)
     ]
     pairs = [p.astype(np.int64) + start for start, p, _ in found]
     pair = torch.from_numpy(np.concatenate([*pairs, np.zeros((0, 2), np.int64)]))
@@ -94,13 +95,41 @@ def _find_bonds(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> _Bo
         np.concatenate([*(s for _, _, s in found), np.zeros((0, 3), np.int32)]).astype(np.int64)
     )
     pairs_per_system = torch.tensor([len(p) for p in pairs], dtype=torch.int64)
-    bond_cell = systems.cell.repeat_interleave(pairs_per_system, 0)
-    shift = torch.einsum("us,usx->ux", image.double(), bond_cell)
-    vector = systems.position[pair[:, 1]] + shift - systems.position[pair[:, 0]]
-    is_short = vector.norm(dim=1) < bond_cutoff
-    order = torch.cat([is_short.nonzero()[:, 0], (~is_short).nonzero()[:, 0]])
+    cell = systems.cell.repeat_interleave(pairs_per_system, 0)
+    vector = pair_vector(systems.position[pair[:, 0]], systems.position[pair[:, 1]], image, cell)
+    distance2 = squared_length(vector)
+    is_short, is_near = distance2 < bond_cutoff**2, distance2 < atom_cutoff**2
+    order = torch.cat([is_short.nonzero()[:, 0], (is_near & ~is_short).nonzero()[:, 0]])
     pair = pair[order]
     return _Bonds(pair[:, 0], pair[:, 1], image[order], vector[order], int(is_short.sum()))
+
+
+def pair_vector(center: Tensor, neighbor: Tensor, image: Tensor, cell: Tensor) -> Tensor:
+    """r_j + image @ cell - r_i of pairs, [P, 3], from r_i, r_j, images [P, 3] and cells [P, 3, 3].
+
+    One rounded operation after the other, so that every device finds the same bits, and the same with the
+    opposite sign for the reversed pair.
+    """
+    a, b, c = (image[:, k, None] * cell[:, k] for k in range(3))
+    return (neighbor - center) + ((a + b) + c)
+
+
+def squared_length(vector: Tensor) -> Tensor:
+    """Squared lengths of vectors [P, 3], as reproducible as `pair_vector`."""
+    x, y, z = (vector * vector).unbind(1)
+    return (x + y) + z
+
+
+def cell_volume(cell: Tensor, pbc: Tensor) -> Tensor:
+    """|det cell|, [S], as reproducible as `pair_vector`; NaN unless periodic in three directions."""
+    a, b, c = cell.unbind(1)
+    x, y, z = (a * cross(b, c)).unbind(1)
+    return ((x + y) + z).abs().where(pbc.all(1), torch.nan)
+
+
+def cross(a: Tensor, b: Tensor) -> Tensor:
+    """Cross products of vectors [P, 3], as reproducible as `pair_vector`."""
+    return a.roll(-1, 1) * b.roll(-2, 1) - a.roll(-2, 1) * b.roll(-1, 1)
 
 
 def build_graph(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> Batch:
@@ -123,14 +152,13 @@ def build_graph(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> Bat
             f"some atoms have no neighbour within {atom_cutoff:g} A: they keep the model's free-atom energy",
             stacklevel=2,
         )
-    volume = torch.linalg.det(systems.cell).abs()
     return Batch(
         atomic_number=systems.atomic_number,
         atom_system=systems.atom_system,
         n_atoms=n_atoms,
         system_start=_starts(n_atoms),
         cell=systems.cell,
-        volume=volume.where(systems.pbc.all(1), torch.nan),
+        volume=cell_volume(systems.cell, systems.pbc),
         bond_vector=bonds.vector,
         bond_image=bonds.image,
         bond_center=bonds.center,
