@@ -120,6 +120,13 @@ def test_rows_are_appended_and_other_files_are_left_alone(tmp_path) -> None:
         assert path.read_text() == text
 
 
+def test_documented_table_is_that_of_the_rows() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "performance.md").read_text()
+    for path in sorted((root / "benchmarks" / "results").glob("performance-*.json")):
+        assert rows.markdown(rows.read(path)) in page
+
+
 def test_environment_describes_the_run() -> None:
     described = rows.environment(CPU)
     assert described["threads"] == torch.get_num_threads() and described["device"]

@@ -72,7 +72,7 @@ def _handler(name: str) -> Callable[..., None]:
         from fastchgnet.bench.runs import run
         from fastchgnet.bench.session import Options
 
-        readouts = tuple(name.value for name in readout or ReadoutName)
+        readouts = tuple(one.value for one in readout or ReadoutName)
         options = Options(
             frames, tuple(batch or ()), readouts, device, threads, rounds, seed, label, chgnet, memory
         )
@@ -95,6 +95,14 @@ def plot(
     from fastchgnet.bench.plot import draw
 
     draw(rows, out)
+
+
+@app.command(epilog="Example: fastchgnet bench table benchmarks/results/performance-cpu.json")
+def table(rows: Annotated[Path, typer.Argument(help="JSON list of rows from one device.")]) -> None:
+    """Print rows as a Markdown table, as docs/performance.md has it."""
+    from fastchgnet.bench.rows import markdown, read
+
+    print(markdown(read(rows)), end="")
 
 
 def show(rows: list[Row], as_json: bool) -> None:

@@ -54,15 +54,20 @@ def added(row: Row, options: Options, batch_sizes: dict[str, int]) -> Row:
             row[arm]["peak_memory_mb"] = _in_fresh_process(
                 {**asked, "arm": arm, "batch_size": batch_sizes.get(arm)}, options
             )
-        if "chgnet" in row:
-            row["memory_ratio"] = row["chgnet"]["peak_memory_mb"] / row["ours"]["peak_memory_mb"]
+        peaks = [row.get(arm, {}).get("peak_memory_mb") for arm in ("ours", "chgnet")]
+        if all(peaks):
+            row["memory_ratio"] = peaks[1] / peaks[0]
     return row
 
 
-def _in_fresh_process(asked: dict[str, Any], options: Options) -> float:
+def _in_fresh_process(asked: dict[str, Any], options: Options) -> float | None:
+    """Measure one arm; None where it does not fit."""
     described = dataclasses.asdict(options) | {"frames": str(options.frames)}
     command = [sys.executable, "-m", __name__, json.dumps({"asked": asked, "options": described})]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # -9: Linux has ended it for want of memory
+    if done.returncode == -9 or "OutOfMemoryError" in done.stderr:
+        return None
     if done.returncode:
         reason = next(iter(done.stderr.strip().splitlines()[-1:]), "no message")
         raise InputError(f"memory of {asked['arm']}: process ended with {done.returncode} ({reason})")

@@ -71,6 +71,13 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return [*([Table(title, (*times, *counts), run)] if run else []), *_details(rows)]
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """Show the rows as the documentation does."""
+    first = tables(rows)[0]
+    lines = [first.header, ("---", *["---:"] * (len(first.header) - 1)), *first.rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def _details(rows: Sequence[Row]) -> Iterator[Table]:
     """Rank the operators, and list the deviations, of the rows that have them."""
     for row in rows:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from fastchgnet.bench import correctness, data, graph, infer, kernels, memory, rows, train
 from fastchgnet.bench.frames import Workload
 from fastchgnet.bench.rows import Row
 from fastchgnet.bench.session import Options, Session
+from fastchgnet.errors import InputError
 
 RowMaker = Callable[[Session, Workload, str], Row]
 
@@ -30,7 +33,7 @@ def run(name: str, options: Options, out: Path | None, say: Callable[[str], None
     """Run a sub-command, or all of them after a check of the results; append rows to `out` as they come.
 
     Raises:
-        InputError: bad options, no chgnet, unreadable frames, or results that are wrong on this device.
+        InputError: no chgnet, unreadable frames, a batch that does not fit, or wrong results on this device.
     """
     if out is not None and out.exists():
         rows.read(out)  # a file that takes no rows is better known now
@@ -58,4 +61,11 @@ def _rows(name: str, session: Session) -> Iterator[Row]:
     # Graphs are the same for every readout.
     readouts = session.options.readouts[: 1 if name == "graph" else None]
     session = session.with_options(batches=sizes, readouts=readouts)
-    return (make(session, workload, readout) for workload, readout in session.cases())
+    for workload, readout in session.cases():
+        try:
+            yield make(session, workload, readout)
+        except torch.OutOfMemoryError:
+            if not session.options.chgnet:
+                raise InputError(f"{session.device}: {len(workload.frames)} systems do not fit") from None
+            session.say("warning: out of memory with chgnet beside us; ours alone")
+            yield make(session.with_options(chgnet=False), workload, readout)

@@ -110,4 +110,6 @@ class Session:
             row |= {"operations": n_operations, "ceiling_per_second": ceiling}
             rate = n_operations / float(np.median(samples["ours"].wall))
             row["ours"]["roofline_fraction"] = rate / ceiling
+        medians = (f"{name} {1e3 * np.median(taken.wall):,.2f} ms" for name, taken in samples.items())
+        self.say(f"  {', '.join(medians)}")
         return samples
