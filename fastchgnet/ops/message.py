@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastchgnet.graph import Index
-from fastchgnet.ops import _message_native
+from fastchgnet.ops import _message_native, _message_torch, _triton
 from fastchgnet.ops._message_inputs import EPS, Inputs
 from fastchgnet.ops._register import Family
 
@@ -136,6 +136,11 @@ _family = Family(
     backward=_message_native.backward,
     backward_backward=_message_native.backward_backward,
     shape=lambda *inputs: _shape(Inputs(*inputs)),
+)
+_family.on_cuda(
+    _triton.body("_message_triton", "forward", _message_torch.forward),
+    _triton.body("_message_triton", "backward", _message_torch.backward),
+    _triton.body("_message_triton_second", "backward_backward", _message_torch.backward_backward),
 )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Index
-from fastchgnet.ops import _native
+from fastchgnet.ops import _native, _triton
 
 
 def gather(table: Tensor, index: Index) -> Tensor:
@@ -66,6 +66,16 @@ def _gather(table: Tensor, segment: Tensor, start: Tensor, order: Tensor | None)
 @torch.library.custom_op("fastchgnet::segment_sum", mutates_args=())
 def _segment_sum(rows: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
     return sum_rows(rows, start, order)
+
+
+_segment_sum.register_kernel("cuda")(
+    _triton.body(
+        "_segments_triton",
+        "segment_sum",
+        lambda rows, segment, start, order: sum_rows(rows, start, order),
+        dtypes=(torch.float32, torch.float64),
+    )
+)
 
 
 @_gather.register_fake

@@ -1,0 +1,336 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Triton bodies of `fastchgnet.ops.message` in fp32: forward and backward; symbols as there.
+
+A program takes tiles of rows in turn and does the whole op on each in registers: no intermediate of a row
+reaches memory. Rows of results are summed for all tables by a second launch; a program's share of the
+parameters' gradients is one of [programs] rows that a third adds up in the programs' order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastchgnet.ops import _message_torch, _triton
+from fastchgnet.ops._message_inputs import Inputs
+from fastchgnet.ops._message_tiles import (
+    affine,
+    gathered,
+    linear_backward,
+    no_sums,
+    norm,
+    norm_input,
+    norm_row,
+    segments,
+    silu_slope,
+    write_sums,
+)
+from fastchgnet.ops._segments_triton import sum_all
+from fastchgnet.ops._tiles import dot, matrix, norm_backward, read, write, zeros
+
+WIDTHS = (16, 32, 64)
+
+
+class Tile(NamedTuple):
+    """How a kernel runs."""
+
+    rows: int
+    warps: int
+    per_multiprocessor: int  # programs that run there at once
+
+
+FORWARD = Tile(rows=64, warps=4, per_multiprocessor=2)
+BACKWARD = Tile(rows=32, warps=8, per_multiprocessor=1)
+
+
+class Rows(NamedTuple):
+    """What kernels read of `Inputs`."""
+
+    p: Any
+    q: Any
+    r: Any
+    w: Any
+    a: Any
+    angle_weight: Any
+    weight: Any
+    bias: Any
+    scale: Any
+    shift: Any
+    i: Any
+    j: Any
+    k: Any
+
+
+class Gradients(NamedTuple):
+    """What kernels write: rows, and sums of each program."""
+
+    tangent: Any  # [N, D]
+    h: Any  # [N, 2D]
+    w: Any  # [N, D]
+    a: Any  # [N, D]
+    parameters: Any  # [programs, rows of all parameters, D]
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _forward_kernel(
+    m,
+    out,
+    n_rows,
+    N_NORMS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
+        index, live = segments(m, tile, n_rows, BLOCK)
+        tables = (m.p, m.q, m.r)
+        a_ND = read(m.a, index[3], live, D, D) if m.a is not None else None
+        h = gathered(tables, a_ND, m, index, live, 0, D, PRECISION)
+        x, _ = norm(norm_input(h, m, 0, D, PRECISION), m, D)
+        n = affine(x, m, 0, N_NORMS, D)
+        message = n * tl.sigmoid(n)
+        h = gathered(tables, a_ND, m, index, live, 1, D, PRECISION)
+        x, _ = norm(norm_input(h, m, 1, D, PRECISION), m, D)
+        message *= tl.sigmoid(affine(x, m, 1, N_NORMS, D))
+        if m.w is not None:
+            message *= read(m.w, index[2], live, D, D)
+        write(out, index[3], live, message, D, D)
+
+
+@triton.jit
+def _branch_backward(
+    dn,
+    x,
+    rstd,
+    h,
+    a_ND,
+    m,
+    sums,
+    BRANCH: tl.constexpr,
+    WITH_PARAMETERS: tl.constexpr,
+    N_NORMS: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """From dn of core or gate to dh."""
+    angle, weight, bias, scale, shift = sums
+    dz = dn
+    if m.scale is not None:
+        if WITH_PARAMETERS:
+            scale += tl.sum(x * dn, 0)
+            shift += tl.sum(dn, 0)
+        dz = norm_backward(dn * norm_row(m.scale, BRANCH, N_NORMS, D), x, rstd, D)
+    dh = dz
+    if m.weight is not None:
+        sigmoid = tl.sigmoid(h)
+        if WITH_PARAMETERS:
+            weight = dot(tl.trans(dz), h * sigmoid, weight, PRECISION)
+            bias += tl.sum(dz, 0)
+        dh = linear_backward(dz, m, BRANCH, D, PRECISION) * silu_slope(h, sigmoid)
+    if WITH_PARAMETERS and m.a is not None:
+        angle = dot(tl.trans(dh), a_ND, angle, PRECISION)
+    return dh, (angle, weight, bias, scale, shift)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _backward_kernel(
+    grad,
+    m,
+    found,
+    n_rows,
+    N_PARAMETER_ROWS: tl.constexpr,
+    N_NORMS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    WITH_PARAMETERS: tl.constexpr = found.parameters is not None
+    sums_core, sums_gate = no_sums(m, D), no_sums(m, D)
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
+        index, live = segments(m, tile, n_rows, BLOCK)
+        tables = (m.p, m.q, m.r)
+        a_ND = read(m.a, index[3], live, D, D) if m.a is not None else None
+        h_core = gathered(tables, a_ND, m, index, live, 0, D, PRECISION)
+        h_gate = gathered(tables, a_ND, m, index, live, 1, D, PRECISION)
+        x_core, rstd_core = norm(norm_input(h_core, m, 0, D, PRECISION), m, D)
+        x_gate, rstd_gate = norm(norm_input(h_gate, m, 1, D, PRECISION), m, D)
+        n_core = affine(x_core, m, 0, N_NORMS, D)
+        s_core, s_gate = tl.sigmoid(n_core), tl.sigmoid(affine(x_gate, m, 1, N_NORMS, D))
+        core = n_core * s_core
+        if m.w is not None:
+            g = read(grad, index[0], live, D, D)
+            write(found.w, index[3], live, g * core * s_gate, D, D)
+            g *= read(m.w, index[2], live, D, D)
+        else:
+            g = read(grad, index[3], live, D, D)
+        dn_core = g * s_gate * (s_core + core * (1 - s_core))
+        dn_gate = g * core * s_gate * (1 - s_gate)
+        dh_core, sums_core = _branch_backward(
+            dn_core, x_core, rstd_core, h_core, a_ND, m, sums_core, 0, WITH_PARAMETERS, N_NORMS, D, PRECISION
+        )
+        write(found.h, index[3], live, dh_core, 2 * D, D)
+        dh_gate, sums_gate = _branch_backward(
+            dn_gate, x_gate, rstd_gate, h_gate, a_ND, m, sums_gate, 1, WITH_PARAMETERS, N_NORMS, D, PRECISION
+        )
+        write(found.h + D, index[3], live, dh_gate, 2 * D, D)
+        if m.a is not None:
+            da = dot(dh_core, matrix(m.angle_weight, D), zeros(BLOCK, D), PRECISION)
+            da = dot(dh_gate, matrix(m.angle_weight + D * D, D), da, PRECISION)
+            write(found.a, index[3], live, da, D, D)
+    if WITH_PARAMETERS:
+        out = found.parameters + tl.program_id(0) * N_PARAMETER_ROWS * D
+        write_sums(out, m, sums_core, sums_gate, N_NORMS, D)
+
+
+@triton.jit(do_not_specialize=["n_programs"])
+def _parameters_kernel(
+    shares,
+    parameters,
+    n_programs,
+    N_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up one row of the parameters' gradients over programs."""
+    row = tl.program_id(0)
+    total = zeros(BLOCK, D)
+    for first in range(0, n_programs, BLOCK):
+        program = first + tl.arange(0, BLOCK)
+        total += read(shares + row * D, program, program < n_programs, N_ROWS * D, D)
+    total = tl.sum(total, 0)
+    for t in tl.static_range(len(ROWS)):
+        if parameters[t] is not None:
+            inside = (row >= 0) & (row < ROWS[t]) & (tl.arange(0, D) < D)
+            tl.store(parameters[t] + row * D + tl.arange(0, D), total, mask=inside)
+            row -= ROWS[t]
+
+
+class Launch:
+    """Kernels of one op call: what they all take, and the sums that follow them."""
+
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        contiguous: list[Any] = [None if t is None else t.contiguous() for t in inputs]
+        self.m = m = Inputs(*contiguous)
+        self.n_rows, self.width = len(m.i), m.p.shape[1] // 2
+        self.n_norms = 0 if m.scale is None else len(m.scale)
+        self.parameters = (m.angle_weight, m.weight, m.bias, m.scale, m.shift)
+        self.n_parameter_rows = sum(t.numel() for t in self.parameters if t is not None) // self.width
+
+    def rows(self, width: int) -> Tensor:
+        """Make [N, width]."""
+        return self.m.p.new_empty(self.n_rows, width)
+
+    def n_programs(self, tile: Tile) -> int:
+        """Programs that share the rows."""
+        return _triton.n_programs(
+            triton.cdiv(self.n_rows, tile.rows), self.m.p.device, tile.per_multiprocessor
+        )
+
+    def gradients(self, tile: Tile, with_parameters: bool, with_tangent: bool) -> Gradients:
+        """Make what a kernel writes."""
+        m, d = self.m, self.width
+        shape = (self.n_programs(tile), self.n_parameter_rows, d)
+        return Gradients(
+            self.rows(d) if with_tangent else None,
+            self.rows(2 * d),
+            None if m.w is None else self.rows(d),
+            None if m.a is None else self.rows(d),
+            m.p.new_empty(shape) if with_parameters and self.n_parameter_rows else None,
+        )
+
+    def run(self, kernel: Any, tile: Tile, *args: Any, **constants: Any) -> None:
+        """Start a kernel on all rows."""
+        _triton.launch(
+            kernel,
+            self.n_programs(tile),
+            self.m.p.device,
+            *args,
+            self.n_rows,
+            **constants,
+            N_NORMS=self.n_norms,
+            D=self.width,
+            BLOCK=tile.rows,
+            PRECISION=_triton.current_precision(),
+            num_warps=tile.warps,
+            num_stages=1,
+        )
+
+    def kernel_inputs(self) -> Rows:
+        """What kernels read."""
+        m = self.m
+        return Rows(*m[:10], m.i, m.j, m.k)
+
+    def sums(self, found: Gradients) -> list[Tensor | None]:
+        """Sum rows: gradients of G, unless there is none, and of the features."""
+        m = self.m
+        wanted = [
+            (found.h, m.i_start, None),
+            (found.h, m.j_start, m.j_order),
+            (found.h, m.k_start, m.k_order),
+        ]
+        if m.w is not None:
+            wanted.append((found.w, m.k_start, m.k_order))
+        summed = found.tangent is not None and m.w is not None
+        if summed:
+            wanted.append((found.tangent, m.i_start, None))
+        sums = sum_all(wanted)
+        by_grad = [] if found.tangent is None else [sums.pop() if summed else found.tangent]
+        return [*by_grad, *sums[:3], sums[3] if m.w is not None else None, found.a]
+
+    def parameter_sums(self, shares: Tensor | None) -> list[Tensor | None]:
+        """Add up what programs found."""
+        if shares is None:
+            return []
+        found = tuple(None if t is None else torch.empty_like(t) for t in self.parameters)
+        n_programs, n_rows, d = shares.shape
+        _triton.launch(
+            _parameters_kernel,
+            n_rows,
+            shares.device,
+            shares,
+            found,
+            n_programs,
+            N_ROWS=n_rows,
+            ROWS=tuple(0 if t is None else t.numel() // d for t in found),
+            D=d,
+            BLOCK=32,
+            num_warps=2,
+        )
+        return list(found)
+
+
+def fits(inputs: tuple[Any, ...]) -> bool:
+    """Tell whether the kernels take features of this width."""
+    return Inputs(*inputs).p.shape[1] // 2 in WIDTHS
+
+
+def forward(*inputs: Tensor) -> Tensor:
+    if not fits(inputs):
+        return _message_torch.forward(*inputs)
+    launch = Launch(inputs)
+    rows_ND = launch.rows(launch.width)
+    launch.run(_forward_kernel, FORWARD, launch.kernel_inputs(), rows_ND)
+    if launch.m.w is None:
+        return rows_ND
+    return sum_all([(rows_ND, launch.m.i_start, None)])[0]
+
+
+def backward(with_parameters: bool, grad: Tensor, *inputs: Tensor) -> list[Tensor | None]:
+    if not fits(inputs):
+        return _message_torch.backward(with_parameters, grad, *inputs)
+    launch = Launch(inputs)
+    found = launch.gradients(BACKWARD, with_parameters, with_tangent=False)
+    launch.run(
+        _backward_kernel,
+        BACKWARD,
+        grad.contiguous(),
+        launch.kernel_inputs(),
+        found,
+        N_PARAMETER_ROWS=launch.n_parameter_rows,
+    )
+    return [*launch.sums(found), *launch.parameter_sums(found.parameters)]

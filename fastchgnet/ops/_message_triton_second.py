@@ -1,0 +1,227 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Triton body of the backward of the backward of `fastchgnet.ops.message`; symbols as there.
+
+A tile goes up once, both branches with their tangents, and down once, branch by branch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastchgnet.ops import _message_torch
+from fastchgnet.ops._message_tiles import (
+    affine,
+    gathered,
+    linear,
+    linear_backward,
+    no_sums,
+    norm,
+    norm_input,
+    norm_row,
+    segments,
+    silu_slope,
+    write_sums,
+)
+from fastchgnet.ops._message_triton import Launch, Tile, fits
+from fastchgnet.ops._tiles import dot, matrix, mean, norm_backward, read, write, zeros
+
+SECOND = Tile(rows=32, warps=8, per_multiprocessor=1)
+
+
+@triton.jit
+def _tangent(
+    h,
+    u,
+    m,
+    BRANCH: tl.constexpr,
+    N_NORMS: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return x, 1 / std, n, L(z'), mean(z' x) and n' of core or gate."""
+    z_dot = u
+    if m.weight is not None:
+        z_dot = linear(u * silu_slope(h, tl.sigmoid(h)), m, BRANCH, D, PRECISION)
+    x, rstd = norm(norm_input(h, m, BRANCH, D, PRECISION), m, D)
+    n = affine(x, m, BRANCH, N_NORMS, D)
+    if m.scale is None:
+        return x, rstd, n, z_dot, rstd, z_dot
+    else:
+        along = mean(z_dot * x, D)
+        normed_dot = (z_dot - mean(z_dot, D) - x * along) * rstd
+        return x, rstd, n, normed_dot, along, normed_dot * norm_row(m.scale, BRANCH, N_NORMS, D)
+
+
+@triton.jit
+def _second_of_gate(n_core, n_gate, n_dot_core, n_dot_gate):
+    """Return m and m', its slopes and how they change along n', of core and gate."""
+    s_core, s_gate = tl.sigmoid(n_core), tl.sigmoid(n_gate)
+    rest_core, rest_gate = 1 - s_core, 1 - s_gate
+    core = n_core * s_core
+    message = core * s_gate
+    by_core, by_gate = s_gate * (s_core + core * rest_core), message * rest_gate
+    mixed = by_core * rest_gate
+    core_twice = s_gate * rest_core * (2 * s_core + core * (rest_core - s_core))
+    change_core = core_twice * n_dot_core + mixed * n_dot_gate
+    change_gate = mixed * n_dot_core + by_gate * (rest_gate - s_gate) * n_dot_gate
+    return message, by_core * n_dot_core + by_gate * n_dot_gate, by_core, by_gate, change_core, change_gate
+
+
+@triton.jit
+def _branch_down(
+    n_bar,
+    n_dot_bar,
+    state,
+    h,
+    u,
+    a_ND,
+    u_a,
+    m,
+    sums,
+    BRANCH: tl.constexpr,
+    N_NORMS: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """From n~ and n'~ of core or gate to h~."""
+    angle, weight, bias, scale, shift = sums
+    x, rstd, normed_dot, along = state
+    z_bar, z_dot_bar = n_bar, n_dot_bar
+    if m.scale is not None:
+        scale += tl.sum(x * n_bar + normed_dot * n_dot_bar, 0)
+        shift += tl.sum(n_bar, 0)
+        g = norm_row(m.scale, BRANCH, N_NORMS, D)
+        q = n_dot_bar * g
+        z_dot_bar = norm_backward(q, x, rstd, D)
+        change = x * mean(q * normed_dot, D) + along * z_dot_bar + normed_dot * mean(q * x, D)
+        z_bar = norm_backward(n_bar * g, x, rstd, D) - rstd * change
+    h_bar, first = z_bar, z_dot_bar
+    if m.weight is not None:
+        sigmoid = tl.sigmoid(h)
+        slope = silu_slope(h, sigmoid)
+        curvature = sigmoid * (1 - sigmoid) * (2 + h * (1 - 2 * sigmoid))
+        weight = dot(tl.trans(z_bar), h * sigmoid, weight, PRECISION)
+        weight = dot(tl.trans(z_dot_bar), u * slope, weight, PRECISION)
+        bias += tl.sum(z_bar, 0)
+        s_dot_bar = linear_backward(z_dot_bar, m, BRANCH, D, PRECISION)
+        first = s_dot_bar * slope
+        h_bar = linear_backward(z_bar, m, BRANCH, D, PRECISION) * slope + curvature * u * s_dot_bar
+    if m.a is not None:
+        angle = dot(tl.trans(h_bar), a_ND, angle, PRECISION)
+        if u_a is not None:
+            angle = dot(tl.trans(first), u_a, angle, PRECISION)
+    return h_bar, (angle, weight, bias, scale, shift)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _second_kernel(
+    cotangents,
+    grad,
+    m,
+    found,
+    n_rows,
+    N_PARAMETER_ROWS: tl.constexpr,
+    N_NORMS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    sums_core, sums_gate = no_sums(m, D), no_sums(m, D)
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
+        index, live = segments(m, tile, n_rows, BLOCK)
+        row = index[3]
+        tables, directions = (m.p, m.q, m.r), (cotangents[0], cotangents[1], cotangents[2])
+        a_ND = read(m.a, row, live, D, D) if m.a is not None else None
+        u_a = read(cotangents[4], row, live, D, D) if cotangents[4] is not None else None
+        h_core = gathered(tables, a_ND, m, index, live, 0, D, PRECISION)
+        u_core = gathered(directions, u_a, m, index, live, 0, D, PRECISION)
+        x_core, rstd_core, n_core, normed_core, along_core, n_dot_core = _tangent(
+            h_core, u_core, m, 0, N_NORMS, D, PRECISION
+        )
+        h_gate = gathered(tables, a_ND, m, index, live, 1, D, PRECISION)
+        u_gate = gathered(directions, u_a, m, index, live, 1, D, PRECISION)
+        x_gate, rstd_gate, n_gate, normed_gate, along_gate, n_dot_gate = _tangent(
+            h_gate, u_gate, m, 1, N_NORMS, D, PRECISION
+        )
+        message, m_dot, by_core, by_gate, n_bar_core, n_bar_gate = _second_of_gate(
+            n_core, n_gate, n_dot_core, n_dot_gate
+        )
+        tangent = m_dot
+        g = read(grad, index[0] if m.w is not None else row, live, D, D)
+        weighted = g
+        if m.w is not None:
+            write(found.w, row, live, g * m_dot, D, D)
+            w = read(m.w, index[2], live, D, D)
+            weighted *= w
+            tangent *= w
+        n_bar_core *= weighted
+        n_bar_gate *= weighted
+        if cotangents[3] is not None:
+            u_w = read(cotangents[3], index[2], live, D, D)
+            tangent += u_w * message
+            n_bar_core += by_core * g * u_w
+            n_bar_gate += by_gate * g * u_w
+        write(found.tangent, row, live, tangent, D, D)
+        h_bar_core, sums_core = _branch_down(
+            n_bar_core,
+            by_core * weighted,
+            (x_core, rstd_core, normed_core, along_core),
+            h_core,
+            u_core,
+            a_ND,
+            u_a,
+            m,
+            sums_core,
+            0,
+            N_NORMS,
+            D,
+            PRECISION,
+        )
+        write(found.h, row, live, h_bar_core, 2 * D, D)
+        h_bar_gate, sums_gate = _branch_down(
+            n_bar_gate,
+            by_gate * weighted,
+            (x_gate, rstd_gate, normed_gate, along_gate),
+            h_gate,
+            u_gate,
+            a_ND,
+            u_a,
+            m,
+            sums_gate,
+            1,
+            N_NORMS,
+            D,
+            PRECISION,
+        )
+        write(found.h + D, row, live, h_bar_gate, 2 * D, D)
+        if m.a is not None:
+            a_bar = dot(h_bar_core, matrix(m.angle_weight, D), zeros(BLOCK, D), PRECISION)
+            a_bar = dot(h_bar_gate, matrix(m.angle_weight + D * D, D), a_bar, PRECISION)
+            write(found.a, row, live, a_bar, D, D)
+    if found.parameters is not None:
+        out = found.parameters + tl.program_id(0) * N_PARAMETER_ROWS * D
+        write_sums(out, m, sums_core, sums_gate, N_NORMS, D)
+
+
+def backward_backward(
+    cotangents: tuple[Tensor | None, ...], grad: Tensor, *inputs: Tensor
+) -> list[Tensor | None]:
+    if not fits(inputs):
+        return _message_torch.backward_backward(cotangents, grad, *inputs)
+    launch = Launch(inputs)
+    found = launch.gradients(SECOND, with_parameters=True, with_tangent=True)
+    directions: tuple[Any, ...] = tuple(None if u is None else u.contiguous() for u in cotangents)
+    launch.run(
+        _second_kernel,
+        SECOND,
+        directions,
+        grad.contiguous(),
+        launch.kernel_inputs(),
+        found,
+        N_PARAMETER_ROWS=launch.n_parameter_rows,
+    )
+    return [*launch.sums(found), *launch.parameter_sums(found.parameters)]

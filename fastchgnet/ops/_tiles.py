@@ -1,0 +1,99 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""What Triton kernels on tiles of rows share; only such kernels import this.
+
+A tile is BLOCK rows of D features, in registers.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def factor(x, PRECISION: tl.constexpr):
+    """Round a factor of a product to what the matrix units read, or leave it as it is.
+
+    They ignore the last 13 bits. Cutting these off shifts energies by 3 meV/atom, rounding by 0.1.
+    """
+    # Impure, so that the compiler computes x once: it would move what leads to x behind the change to the
+    # layout of factors, in which up to four warps hold and compute the same row.
+    if INTERPRETED:
+        if PRECISION == "tf32":
+            bits = x.to(tl.int32, bitcast=True)
+            x = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return x
+    elif PRECISION == "tf32":
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, False, 1)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.float32, False, 1)
+
+
+@triton.jit
+def dot(x, y, total, PRECISION: tl.constexpr):
+    """Add x y to a total."""
+    # three products of what tf32 keeps and what it drops are as exact as fp32
+    HOW: tl.constexpr = "tf32" if PRECISION == "tf32" else "tf32x3"
+    return tl.dot(factor(x, PRECISION), factor(y, PRECISION), total, input_precision=HOW)
+
+
+@triton.jit
+def zeros(BLOCK: tl.constexpr, D: tl.constexpr):
+    """Return a tile of zeros."""
+    return tl.zeros([BLOCK, D], tl.float32)
+
+
+@triton.jit
+def read(table, row, live, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Read D features of rows of a table of some width; zeros where there is no row."""
+    at = row[:, None] * WIDTH + tl.arange(0, D)[None, :]
+    return tl.load(table + at, mask=live[:, None], other=0.0)
+
+
+@triton.jit
+def write(table, row, live, values, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Write D features of the rows that there are."""
+    at = row[:, None] * WIDTH + tl.arange(0, D)[None, :]
+    tl.store(table + at, values, mask=live[:, None])
+
+
+@triton.jit
+def matrix(weight, D: tl.constexpr):
+    """Read a matrix [D, D]."""
+    return tl.load(weight + tl.arange(0, D)[:, None] * D + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def transposed(weight, D: tl.constexpr):
+    """Read the transpose of a matrix [D, D]."""
+    return tl.load(weight + tl.arange(0, D)[None, :] * D + tl.arange(0, D)[:, None])
+
+
+@triton.jit
+def vector(weight, D: tl.constexpr):
+    """Read a vector [D] as a row."""
+    return tl.load(weight + tl.arange(0, D))[None, :]
+
+
+@triton.jit
+def mean(x, D: tl.constexpr):
+    """Return the mean of each row as a column."""
+    return (tl.sum(x, 1) / D)[:, None]
+
+
+@triton.jit
+def normed(z, EPSILON: tl.constexpr, D: tl.constexpr):
+    """Normalise rows; return them and what they were multiplied with."""
+    centred = z - mean(z, D)
+    rstd = tl.rsqrt(mean(centred * centred, D) + EPSILON)
+    return centred * rstd, rstd
+
+
+@triton.jit
+def norm_backward(q, x, rstd, D: tl.constexpr):
+    """Return L(q) = (q - mean q - x mean(q x)) / std."""
+    return (q - mean(q, D) - x * mean(q * x, D)) * rstd
