@@ -48,7 +48,8 @@ def test_gradcheck_and_the_library() -> None:
     assert torch.autograd.gradcheck(lambda *v: op._pair_forces(*v, *given[3:]), vectors)
     torch.library.opcheck(op._pair_forces, given)
     grad = torch.randn(4, 12, dtype=torch.float64)
-    torch.library.opcheck(op._pair_forces_backward, [grad, *(t.detach() for t in given[1:5])])
+    arm, pull, *ends = (t.detach() for t in given[1:5])
+    torch.library.opcheck(op._pair_forces_backward, [arm, pull, grad, *ends])
 
 
 def test_one_tensor_may_be_force_and_pull() -> None:

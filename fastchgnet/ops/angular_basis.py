@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Index
+from fastchgnet.ops import _triton
 from fastchgnet.ops._register import Family
 from fastchgnet.ops.segments import sum_rows
 
@@ -248,4 +249,9 @@ _family = Family(
     backward=_backward,
     backward_backward=_backward_backward,
     shape=lambda short_edge, frequency, i, start, j, reverse, n: short_edge.new_empty(len(i), n),
+)
+_family.on_cuda(
+    _triton.body("_angular_basis_triton", "forward", _forward),
+    _triton.body("_angular_basis_triton", "backward", _backward),
+    _triton.body("_angular_basis_triton", "backward_backward", _backward_backward),
 )

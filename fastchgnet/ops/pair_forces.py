@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Batch
+from fastchgnet.ops import _triton
 
 
 class _Graph(NamedTuple):
@@ -64,8 +65,7 @@ def reference(force: Tensor, arm: Tensor, pull: Tensor, *graph: Tensor) -> Tenso
     return total.index_add(0, g.bond_center, ends[0]).index_add(0, g.bond_neighbor, ends[1])
 
 
-@torch.library.custom_op("fastchgnet::pair_forces", mutates_args=())
-def _pair_forces(
+def _forward(
     force: Tensor,
     arm: Tensor,
     pull: Tensor,
@@ -85,9 +85,8 @@ def _pair_forces(
     return torch.cat([forces, virials], dim=1)
 
 
-@torch.library.custom_op("fastchgnet::pair_forces_backward", mutates_args=())
-def _pair_forces_backward(
-    grad: Tensor, arm: Tensor, pull: Tensor, bond_center: Tensor, bond_neighbor: Tensor
+def _backward(
+    arm: Tensor, pull: Tensor, grad: Tensor, bond_center: Tensor, bond_neighbor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     center, neighbor = grad.index_select(0, bond_center), grad.index_select(0, bond_neighbor)
     by_force = (center[:, :3] - neighbor[:, :3]).to(arm.dtype)
@@ -97,13 +96,21 @@ def _pair_forces_backward(
     return by_force, by_arm, by_pull
 
 
+_pair_forces = torch.library.custom_op("fastchgnet::pair_forces", _forward, mutates_args=())
+_pair_forces_backward = torch.library.custom_op(
+    "fastchgnet::pair_forces_backward", _backward, mutates_args=()
+)
+_pair_forces.register_kernel("cuda")(_triton.body("_pair_forces_triton", "forward", _forward))
+_pair_forces_backward.register_kernel("cuda")(_triton.body("_pair_forces_triton", "backward", _backward))
+
+
 @_pair_forces.register_fake
 def _(force: Tensor, arm: Tensor, pull: Tensor, *graph: Tensor) -> Tensor:
     return force.new_empty(len(graph[-1]) - 1, 12, dtype=torch.float64)
 
 
 @_pair_forces_backward.register_fake
-def _(grad: Tensor, arm: Tensor, pull: Tensor, *ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(arm: Tensor, pull: Tensor, grad: Tensor, *ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(arm), torch.empty_like(arm), torch.empty_like(arm)
 
 
@@ -112,9 +119,10 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*others[:4])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = _pair_forces_backward(grad.contiguous(), *ctx.saved_tensors)
+def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    arm, pull, *ends = ctx.saved_tensors
+    found = _pair_forces_backward(arm, pull, grad.contiguous(), *ends)
     return (*found, None, None, None, None, None)
 
 
-_pair_forces.register_autograd(_backward, setup_context=_save)
+_pair_forces.register_autograd(_derivative, setup_context=_save)

@@ -34,6 +34,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastchgnet.ops import _triton
 from fastchgnet.ops._register import Family
 
 
@@ -134,4 +135,9 @@ _family = Family(
     backward=_backward,
     backward_backward=_backward_backward,
     shape=lambda distance, frequency, cutoff, p: distance.new_empty(len(distance), len(frequency)),
+)
+_family.on_cuda(
+    _triton.body("_radial_basis_triton", "forward", _forward),
+    _triton.body("_radial_basis_triton", "backward", _backward),
+    _triton.body("_radial_basis_triton", "backward_backward", _backward_backward),
 )
