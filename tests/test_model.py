@@ -13,7 +13,7 @@ from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Index
 from fastchgnet.ops._register import feature_derivatives
-from fastchgnet.ops.radial_basis import envelope
+from fastchgnet.ops.envelope import envelope
 
 D = 64
 

@@ -20,6 +20,7 @@ from fastchgnet.ops import (
     _pair_forces_triton,
     _radial_basis_triton,
     angular_basis,
+    envelope,
     pair_forces,
     radial_basis,
 )
@@ -92,6 +93,13 @@ def test_radial_basis_is_exactly_nothing_from_the_cutoff_on() -> None:
     kernels = _radial_basis_triton
     for found in levels((kernels.forward, kernels.backward, kernels.backward_backward), given, drawn):
         assert (found == 0).all()
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 300])
+def test_envelope(n_rows: int) -> None:
+    distance = 7 * torch.rand(n_rows, 1)
+    found = _radial_basis_triton.envelope(distance.to(DEVICE), 6.0, 8).cpu()
+    torch.testing.assert_close(found, envelope._forward(distance.double(), 6.0, 8).float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_edges", [(), (1,), (2,), (3, 0, 1, 4), (9, 5, 0, 6)], ids=str)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Triton bodies of `fastchgnet.ops.radial_basis` in fp32; symbols as there.
+"""Triton bodies of `fastchgnet.ops.radial_basis` and `envelope` in fp32; symbols as there.
 
 A program takes a tile of distances. Its share of the frequencies' gradient is one row of [programs, R],
 which are then added up in a fixed order.
@@ -137,6 +137,21 @@ def _second_kernel(
     of_cosine = (v * (slope * xi + tl.div_rn(a, cutoff)))[:, None]
     share = tl.sum(by_cosine * of_cosine - by_sine * w * (v * a * xi)[:, None], 0)
     _store_share(shares, share, R)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _envelope_kernel(distance, out, cutoff, n_rows, P: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    xi = tl.div_rn(tl.load(distance + row, mask=row < n_rows, other=0.0), cutoff)
+    tl.store(out + row, _envelope(tl.minimum(xi, 1.0), P), mask=row < n_rows)
+
+
+def envelope(distance: Tensor, cutoff: float, p: int) -> Tensor:
+    given, n_rows = distance.contiguous(), distance.numel()
+    out = given.new_empty(given.shape)
+    n_programs = max(1, triton.cdiv(n_rows, 256))
+    _triton.launch(_envelope_kernel, n_programs, out.device, given, out, cutoff, n_rows, P=p, BLOCK=256)
+    return out
 
 
 def _run(kernel: Any, tensors: tuple[Tensor | None, ...], n_rows: int, n: int, cutoff: float, p: int) -> None:
