@@ -141,6 +141,9 @@ class DataConfig(Section):
     )
     split_seed: int = Field(0, ge=0, description="Seed of the splits, where there is no `val`.")
     batch_size: int = Field(32, gt=0, description="Most frames in a batch.")
+    resident: Literal["auto", "off"] = Field(
+        "auto", description="Frames live in the GPU's memory where they take little of it, or are sent to it."
+    )
 
 
 class TrainConfig(Section):
@@ -158,6 +161,9 @@ class TrainConfig(Section):
     )
     references: Literal["fit", "keep"] = Field(
         "fit", description="Reference energies: fitted to the training frames, or those of `init`."
+    )
+    capture: Literal["auto", "off"] = Field(
+        "auto", description="Steps on a GPU are recorded as CUDA graphs and replayed, or launched one by one."
     )
     checkpoint_minutes: float = Field(
         10.0, gt=0, description="Longest time between two checkpoints within an epoch."

@@ -89,14 +89,17 @@ def tally(output: Output, labels: Labels, batch: Batch, delta: float = 0.1) -> T
         batch: the graphs the predictions belong to.
         delta: error from which the loss grows linearly, in the unit of each target.
     """
-    has_stress = torch.isfinite(batch.volume)[:, None, None]
     pairs = (
-        (output.energy / batch.n_atoms, labels.energy / batch.n_atoms, None),
-        (output.forces, labels.forces, None),
-        (output.stress / GPA, labels.stress / GPA, has_stress),
-        (output.magmoms.abs(), labels.magmoms.abs(), None),
+        (output.energy / batch.n_atoms, labels.energy / batch.n_atoms),
+        (output.forces, labels.forces),
+        (output.stress / GPA, labels.stress / GPA),
+        (output.magmoms.abs(), labels.magmoms.abs()),
     )
-    sums = [_sums(predicted, label, possible, delta) for predicted, label, possible in pairs]
+    present = _present(labels, batch)
+    sums = [
+        _sums(predicted, label, known, delta)
+        for (predicted, label), known in zip(pairs, present, strict=True)
+    ]
     return Tally(*(torch.stack(column) for column in zip(*sums, strict=True)))
 
 
@@ -113,12 +116,21 @@ def total_loss(huber: Tensor, count: Tensor, weights: tuple[float, ...]) -> Tens
     return torch.stack([weight * mean for weight, mean in zip(weights, means, strict=True)]).sum()
 
 
-def _sums(
-    predicted: Tensor, label: Tensor, possible: Tensor | None, delta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    present = ~torch.isnan(label)
-    if possible is not None:
-        present = present & possible
+def label_counts(labels: Labels, batch: Batch) -> Tensor:
+    """Count the labels present, [4]: `tally(...).count` without a prediction."""
+    return torch.stack([known.sum() for known in _present(labels, batch)])
+
+
+def _present(labels: Labels, batch: Batch) -> tuple[Tensor, ...]:
+    """Tell which labels are present, in the order of TARGETS."""
+    has_stress = torch.isfinite(batch.volume)[:, None, None]
+    energy, forces, stress, magmoms = (
+        ~torch.isnan(label) for label in (labels.energy, labels.forces, labels.stress, labels.magmoms)
+    )
+    return energy, forces, stress & has_stress, magmoms
+
+
+def _sums(predicted: Tensor, label: Tensor, present: Tensor, delta: float) -> tuple[Tensor, Tensor, Tensor]:
     difference = predicted.double() - label.double()
     # Selecting before the loss keeps NaN out of the backward pass too, where 0 * NaN would be NaN.
     difference = torch.where(present, difference, 0.0)

@@ -16,6 +16,7 @@ from fastchgnet.graph import Labels
 from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.padding import Capacity, pad, pad_labels, rows_of
 from fastchgnet.train.optim import Optimizer
+from fastchgnet.train.source import Made
 from fastchgnet.train.step import Step
 
 
@@ -36,5 +37,6 @@ def test_a_step_stays_on_its_device(config: ModelConfig, padded: bool) -> None:
     if padded:
         capacity = Capacity(*(n + 3 for n in rows_of(batch)))
         batch, labels = pad(batch, capacity), pad_labels(labels, capacity)
-    health = step(batch, labels, torch.zeros(3, device="meta"))
+    made = Made(batch, labels, torch.ones((), dtype=torch.bool, device="meta"))
+    health = step([made, made], torch.zeros(3, device="meta"))
     assert {t.device.type for t in (health, step.sums.huber, *average(batch))} == {"meta"}

@@ -161,7 +161,9 @@ def test_steps_are_those_of_torch(clip_norm: float | None) -> None:
     for step in range(5):
         gradients = [(step + 1) * torch.randn_like(p) for p in current.parameters()]
         sizes = step_sizes(step, rate=0.1 / (step + 1), ema_decay=0.2)
-        norm = optimizer.update(gradients, torch.tensor(sizes, dtype=torch.float64))
+        optimizer.take([0.25 * g for g in gradients])
+        optimizer.take([0.75 * g for g in gradients], add=True)
+        norm = optimizer.update(torch.tensor(sizes, dtype=torch.float64))
 
         for parameter, gradient in zip(theirs.parameters(), gradients, strict=True):
             parameter.grad = gradient.clone()
@@ -183,7 +185,8 @@ def test_without_decay_the_average_is_the_current_weights() -> None:
     current, average = twins()
     optimizer = Optimizer(current, average, None)
     sizes = torch.tensor(step_sizes(9, rate=0.1, ema_decay=0.0), dtype=torch.float64)
-    optimizer.update([torch.randn_like(p) for p in current.parameters()], sizes)
+    optimizer.take([torch.randn_like(p) for p in current.parameters()])
+    optimizer.update(sizes)
     assert all(torch.equal(a, c) for a, c in zip(average.parameters(), current.parameters(), strict=True))
 
 

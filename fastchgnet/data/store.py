@@ -21,6 +21,7 @@ from fastchgnet.units import MATRIX_FROM_VOIGT
 __all__ = ["Split", "Store", "write_store"]
 
 Split = Literal["train", "val", "test", "all"]
+_GATHERED = ("pointer", "atomic_number", "position", "cell", "pbc", "energy", "forces", "stress", "magmoms")
 _UPPER_EDGE = {"train": 0.9, "val": 0.95, "test": 1.0}
 
 
@@ -82,10 +83,20 @@ class Store:
         return self._arrays["group"]
 
     @property
+    def cells(self) -> NDArray[np.float64]:
+        """Lattice vectors, A, [n, 3, 3]."""
+        return self._arrays["cell"]
+
+    @property
+    def pbc(self) -> NDArray[np.bool_]:
+        """Directions of periodicity, [n, 3]."""
+        return self._arrays["pbc"]
+
+    @property
     def volumes(self) -> NDArray[np.float64]:
         """Volume of every cell, A^3, [n]; NaN unless periodic in three directions."""
-        volume = np.abs(np.linalg.det(self._arrays["cell"]))
-        return np.where(self._arrays["pbc"].all(axis=1), volume, np.nan)
+        volume = np.abs(np.linalg.det(self.cells))
+        return np.where(self.pbc.all(axis=1), volume, np.nan)
 
     def element_counts(self) -> NDArray[np.int64]:
         """Count the atoms of every element, [95]; entry Z is that of atomic number Z."""
@@ -139,6 +150,10 @@ class Store:
             magmoms=torch.from_numpy(arrays["magmoms"].take(atoms)),
         )
         return systems, labels
+
+    def raw(self) -> dict[str, NDArray]:
+        """Return the arrays that `gather` reads, as they are on disk; see `layout.ARRAYS`."""
+        return {name: self._arrays[name] for name in _GATHERED}
 
     def verify(self) -> None:
         """Read every byte and compare with the hashes of the header; raise InputError where they differ."""

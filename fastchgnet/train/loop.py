@@ -22,12 +22,12 @@ from fastchgnet.config import RunConfig, load_run_config
 from fastchgnet.device import pick_device, to_device
 from fastchgnet.errors import InputError
 from fastchgnet.files import only_process, write_atomically
-from fastchgnet.graph import Batch, Labels
 from fastchgnet.loss import Tally, empty_tally, tally, total_loss
 from fastchgnet.train.batches import epoch_batches, prefetch
 from fastchgnet.train.checkpoint import Progress, load_state, save_state
 from fastchgnet.train.log import RunLog, read_metrics
 from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
+from fastchgnet.train.record import CudaGraphs
 from fastchgnet.train.setup import (
     Frames,
     blank_potential,
@@ -37,7 +37,8 @@ from fastchgnet.train.setup import (
     resolve,
 )
 from fastchgnet.train.signals import stop_request
-from fastchgnet.train.step import Later, Step
+from fastchgnet.train.source import open_sources
+from fastchgnet.train.step import Later, Step, Steps, Work
 from fastchgnet.weights import save_potential
 
 
@@ -69,18 +70,10 @@ class Summary:
         return {"folder": str(self.folder), "finished": self.finished, **position, "last": self.last}
 
 
-class Item(NamedTuple):
-    """A batch, ready on the device, and the places of its frames among those of the run."""
-
-    positions: NDArray[np.int64]
-    batch: Batch
-    labels: Labels
-
-
 class Unchecked(NamedTuple):
-    """A step whose loss and gradient the host has not looked at yet."""
+    """A step whose outcome the host has not looked at yet."""
 
-    health: Later  # a finite number unless something went wrong
+    health: Later  # what `Step` returns
     step: int
     positions: NDArray[np.int64]
 
@@ -116,6 +109,9 @@ def train(config: RunConfig, resume: bool = False, watcher: Watcher | None = Non
     return Summary(config.train.out, finished, trainer.progress, rows[-1] if rows else None)
 
 
+_HOW = {"train": {"out", "device", "capture", "checkpoint_minutes"}, "data": {"resident"}}
+"""Settings that a resumed run may change: how it is run, not what."""
+
 State = tuple[dict[str, Tensor], Progress]
 
 
@@ -130,8 +126,7 @@ def _find_state(config: RunConfig, resume: bool) -> State | None:
     if not resume:
         raise InputError(f"{folder}: already holds a run; --resume continues it, or choose another train.out")
     before, now = (
-        c.model_dump(mode="json", exclude={"train": {"out", "device", "checkpoint_minutes"}})
-        for c in (load_run_config(folder / "config.yaml"), config)
+        c.model_dump(mode="json", exclude=_HOW) for c in (load_run_config(folder / "config.yaml"), config)
     )
     changed = [f"{part}.{key}" for part in now for key in now[part] if now[part][key] != before[part][key]]
     if changed:
@@ -155,7 +150,11 @@ class Trainer:
         self.potential = build(config, train, self.device)
         self.average = copy.deepcopy(self.potential).eval()
         self.optimizer = Optimizer(self.potential, self.average, config.optim.clip_norm)
-        self.take_step = Step(self.potential, self.optimizer, config.loss)
+        train_source, self.val_source = open_sources(train, val, self.potential, config)
+        step = Step(self.potential, self.optimizer, config.loss)
+        self.sums = step.sums
+        captures = self.device.type == "cuda" and config.train.capture == "auto"
+        self.take_step = Steps(step, train_source, CudaGraphs() if captures else None)
         self.progress = Progress(frames=train.fingerprint())
         if state is not None:
             self._restore(*state)
@@ -185,12 +184,12 @@ class Trainer:
         """Take the remaining steps of an epoch, or those until `stop` is set."""
         self.potential.train()
         before, start = self.progress.seconds, time.perf_counter()
-        for item in self.load(self.train, batches):
-            self.step(item)
+        for work in self.load(self.train, batches):
+            self.step(work)
             p = self.progress
             seconds = before + time.perf_counter() - start
             self.progress = dataclasses.replace(p, step=p.step + 1, batch=p.batch + 1, seconds=seconds)
-            watcher.advance(len(item.positions))
+            watcher.advance(len(work.positions))
             if stop.is_set():
                 break
             if time.monotonic() - self.saved_at > 60 * self.config.train.checkpoint_minutes:
@@ -202,30 +201,34 @@ class Trainer:
         n_warmup = round(self.config.optim.warmup_epochs * self.n_batches)
         return learning_rate(step, self.n_batches * self.config.train.epochs, n_warmup, self.config.optim)
 
-    def load(self, frames: Frames, batches: list[NDArray[np.int64]]) -> Iterator[Item]:
-        """Yield batches of frames with their graphs, built ahead of time."""
+    def load(self, frames: Frames, batches: list[NDArray[np.int64]]) -> Iterator[Work]:
+        """Yield what batches of the run's training or validation frames are made from, ahead of time."""
+        return prefetch(self.take_step.prepare if frames is self.train else self._prepare_val, batches)
 
-        def make(positions: NDArray[np.int64]) -> Item:
-            systems, labels = frames.gather(positions)
-            return Item(positions, self.potential.build_graph(systems), labels.to(self.device))
+    def _prepare_val(self, positions: NDArray[np.int64]) -> Work:
+        return Work(positions, (self.val_source.prepare(positions),))
 
-        return prefetch(make, batches)
-
-    def step(self, item: Item) -> None:
+    def step(self, work: Work) -> None:
         """Take one step of the optimizer."""
         optim, step = self.config.optim, self.progress.step
         sizes = torch.tensor(
             step_sizes(step, self.learning_rate(step), optim.ema_decay), dtype=self.potential.dtype
         )
-        health = self.take_step(item.batch, item.labels, to_device(sizes, self.device))
+        health = self.take_step(work, to_device(sizes, self.device))
         # Looking at the step before this one keeps the device busy while the host waits for the answer.
         self.check()
-        self.unchecked = Unchecked(Later(health), step + 1, item.positions)
+        self.unchecked = Unchecked(Later(health), step + 1, work.positions)
 
     def check(self) -> None:
-        """Raise InputError where the last unchecked step was not finite; no state has been saved since."""
+        """Raise InputError where the last unchecked step went wrong; no state has been saved since."""
         last, self.unchecked = self.unchecked, None
-        if last is not None and not math.isfinite(last.health.value()):
+        if last is None:
+            return
+        health, fits = last.health.values()
+        if not fits:
+            names = self.train.names(last.positions)
+            raise InputError(f"graphs are larger than their store says; prepare it again; frames {names}")
+        if not math.isfinite(health):
             self._refuse("loss or its gradient", last.step, self.train.names(last.positions))
 
     def _refuse(self, what: str, step: int, names: str) -> NoReturn:
@@ -240,10 +243,13 @@ class Trainer:
         n_frames, size = len(self.val.indices), self.config.data.batch_size
         batches = np.array_split(np.arange(n_frames), math.ceil(n_frames / size))
         parts = []
-        for item in self.load(self.val, batches):
+        for work in self.load(self.val, batches):
             if stop.is_set():
                 return None
-            parts.append(tally(self.average(item.batch), item.labels, item.batch, self.config.loss.delta))
+            (item,) = work.parts
+            item.wait()
+            made = self.val_source.make(item.tensors, item.room)
+            parts.append(tally(self.average(made.batch), made.labels, made.batch, self.config.loss.delta))
         for part, positions in zip(parts, batches, strict=True):
             if not torch.isfinite(part.huber).all():
                 self._refuse("validation loss", self.progress.step, self.val.names(positions))
@@ -254,7 +260,7 @@ class Trainer:
         weights, p = self.config.loss.weights, self.progress
         described = {
             name: {"loss": total_loss(sums.huber, sums.count, weights).item(), **sums.report()}
-            for name, sums in (("train", self.take_step.sums), ("val", validation))
+            for name, sums in (("train", self.sums), ("val", validation))
         }
         return {
             "epoch": p.epoch + 1,
@@ -273,7 +279,7 @@ class Trainer:
             save_potential(self.average, self.folder / f"{name}.safetensors", {"metrics": row})
         p = dataclasses.replace(self.progress, epoch=epoch, batch=0, seconds=0.0)
         self.progress = dataclasses.replace(p, best_loss=loss, best_epoch=epoch) if best else p
-        self.take_step.sums.zero_()
+        self.sums.zero_()
         self.save_state()
 
     def save_state(self) -> None:
@@ -282,7 +288,7 @@ class Trainer:
         tensors = {f"potential.{name}": t for name, t in self.potential.state_dict().items()}
         tensors |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
         tensors |= {f"adam.{name}": t for name, t in self.optimizer.state().items()}
-        tensors |= {f"sums.{name}": t for name, t in self.take_step.sums.as_dict().items()}
+        tensors |= {f"sums.{name}": t for name, t in self.sums.as_dict().items()}
         save_state(self.folder / "state", tensors, self.progress)
         self.saved_at = time.monotonic()
 
@@ -297,7 +303,7 @@ class Trainer:
 
         self.potential.load_state_dict(below("potential."))
         self.average.load_state_dict(below("average."))
-        rest = {"adam.": self.optimizer.state(), "sums.": self.take_step.sums.as_dict()}
+        rest = {"adam.": self.optimizer.state(), "sums.": self.sums.as_dict()}
         for prefix, mine in rest.items():
             saved = below(prefix)
             if saved.keys() != mine.keys():

@@ -78,14 +78,20 @@ class Optimizer:
         self.square = torch.zeros_like(self.weights)
 
     @torch.no_grad()
-    def update(self, gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
-        """Take a step and return the norm the gradient had, on the device.
+    def take(self, gradients: Sequence[Tensor], add: bool = False) -> None:
+        """Put gradients, one for each parameter, into the buffer, or add them to what is there."""
+        if add:
+            torch._foreach_add_(self.gradients, list(gradients))
+        else:
+            torch._foreach_copy_(self.gradients, list(gradients))
+
+    @torch.no_grad()
+    def update(self, sizes: Tensor) -> Tensor:
+        """Take a step with the gradient in the buffer and return the norm it had, on the device.
 
         Args:
-            gradients: one for each parameter.
             sizes: `step_sizes` of this step, [3], on the device and in the precision of the weights.
         """
-        torch._foreach_copy_(self.gradients, list(gradients))
         norm = torch.linalg.vector_norm(self.gradient)
         if self.clip_norm is not None:
             self.gradient.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))

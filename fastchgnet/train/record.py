@@ -1,0 +1,102 @@
+"""Record a function of device tensors once for each shape, and replay it with one call of the host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Inputs = Sequence[Tensor]
+Function = Callable[[Any, Inputs], Tensor]
+"""Function of what the shapes are called, and of tensors that have them; it may change others in place."""
+
+
+class Record(Protocol):
+    """Makes recordings."""
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Record `function`, and return what replays it and the tensor that holds its result then."""
+
+
+class CudaGraphs:
+    """Recordings as CUDA graphs that share their memory, as they never run side by side."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Capture `function`, which is not run."""
+        graph = torch.cuda.CUDAGraph()
+        # the thread that prepares the next batch goes on meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = function()
+        return graph.replay, result
+
+
+class _Recording(NamedTuple):
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    result: Tensor
+
+
+class Recorder:
+    """Call a function; from the second call with the same shapes on, replay it.
+
+    The first call with new shapes runs the function as it is and warms it up: kernels get compiled, libraries
+    take their workspaces. Where recording fails, one warning says why and the function is called as it is
+    from then on.
+
+    Args:
+        function: what to call.
+        record: makes recordings; None for none.
+    """
+
+    def __init__(self, function: Function, record: Record | None) -> None:
+        self._function, self._record = function, record
+        self._seen: set[Hashable] = set()
+        self._recordings: dict[Hashable, _Recording] = {}
+
+    def __call__(self, shapes: Hashable, inputs: Inputs) -> Tensor:
+        """Return the function's result, which the next call may overwrite.
+
+        Args:
+            shapes: names the shapes of the inputs; None where they are seen once.
+            inputs: tensors on the device.
+        """
+        if self._record is None or shapes is None:
+            return self._function(shapes, inputs)
+        if shapes not in self._seen:
+            self._seen.add(shapes)
+            return self._function(shapes, inputs)
+        if shapes not in self._recordings:
+            try:
+                self._recordings[shapes] = self._make(self._record, shapes, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                logger.warning("steps cannot be recorded and run one by one: %s", _first_line(error))
+                self.stop()
+                return self._function(shapes, inputs)
+        recording = self._recordings[shapes]
+        torch._foreach_copy_(recording.inputs, list(inputs))
+        recording.replay()
+        return recording.result
+
+    def stop(self) -> None:
+        """Drop all recordings and make no more."""
+        self._record = None
+        self._recordings.clear()
+
+    def _make(self, record: Record, shapes: Hashable, inputs: Inputs) -> _Recording:
+        fixed = [tensor.clone() for tensor in inputs]
+        replay, result = record(lambda: self._function(shapes, fixed))
+        return _Recording(fixed, replay, result)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,207 @@
+"""Where the batches of a run come from: graphs made on the host, or frames whose graphs the device makes.
+
+A source prepares an item ahead of time, in a thread; the step then makes the batch from the tensors of the
+item, on the device and with shapes that the item's room alone decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastchgnet.config import RunConfig
+from fastchgnet.data.store import Store
+from fastchgnet.device import to_device
+from fastchgnet.device_graph import SpareSystems, build_graph, spare_systems
+from fastchgnet.graph import Batch, Labels
+from fastchgnet.padding import pad_labels
+from fastchgnet.potential import Potential
+from fastchgnet.train.batches import epoch_batches
+from fastchgnet.train.resident import ResidentFrames
+from fastchgnet.train.rooms import Room, Rooms, frame_sizes
+from fastchgnet.train.setup import Frames
+
+_PLANNED_EPOCHS = 8
+"""Epochs whose batches decide the shapes; those of later ones hardly exceed them."""
+
+_RESIDENT_SHARE = 0.3
+"""Most of the device's free memory that the frames of a store may take."""
+
+logger = logging.getLogger(__name__)
+
+
+class Item(NamedTuple):
+    """What a batch is made from, on the device."""
+
+    tensors: tuple[Tensor, ...]
+    room: Room | None = None  # None where shapes are those of the batch
+    arrived: torch.cuda.Event | None = None  # after which the tensors are there
+
+    def wait(self) -> None:
+        """Let what is launched from now on wait for the tensors; the host does not."""
+        if self.arrived is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.arrived)
+            for tensor in self.tensors:
+                tensor.record_stream(stream)
+
+
+class Made(NamedTuple):
+    """A batch ready for a step."""
+
+    batch: Batch
+    labels: Labels
+    fits: Tensor  # bool scalar: False where the graphs were too large for the room
+
+
+class Source(Protocol):
+    """Prepare items from positions of frames, and make batches from items."""
+
+    def prepare(self, positions: NDArray[np.int64]) -> Item:
+        """Gather what a batch of the frames at these positions is made from."""
+
+    def make(self, tensors: Sequence[Tensor], room: Room | None) -> Made:
+        """Make the batch, on the device and without the host waiting."""
+
+    def halve(self) -> None:
+        """Expect batches of half the size from now on."""
+
+
+class HostGraphs:
+    """Graphs built by the CPU, in the shapes they have."""
+
+    def __init__(self, frames: Frames, potential: Potential) -> None:
+        self.frames, self.potential = frames, potential
+
+    def prepare(self, positions: NDArray[np.int64]) -> Item:
+        """Build the graphs and send them to the device."""
+        systems, labels = self.frames.gather(positions)
+        batch = self.potential.build_graph(systems)
+        return Item((*_tensors(batch), *_tensors(labels.to(self.potential.device))))
+
+    def make(self, tensors: Sequence[Tensor], room: Room | None) -> Made:
+        """Put the tensors together again."""
+        n_fields = len(dataclasses.fields(Batch))
+        fits = torch.ones((), dtype=torch.bool, device=tensors[0].device)
+        return Made(Batch(*tensors[:n_fields]), Labels(*tensors[n_fields:]), fits)
+
+    def halve(self) -> None:
+        """Do nothing: shapes are those of each batch."""
+
+
+class DeviceGraphs:
+    """Graphs built on the device in static shapes, from frames that live there or are sent to it.
+
+    Args:
+        frames: frames of the run.
+        potential: gives cutoffs and device.
+        rooms: shapes; a batch without a room goes the way of `HostGraphs`.
+        resident: the frames on the device; None where they are sent batch by batch.
+    """
+
+    def __init__(
+        self, frames: Frames, potential: Potential, rooms: Rooms, resident: ResidentFrames | None
+    ) -> None:
+        self.frames, self.config, self.device = frames, potential.config, potential.device
+        self.rooms, self.resident = rooms, resident
+        self.host = HostGraphs(frames, potential)
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.warned = False
+
+    def prepare(self, positions: NDArray[np.int64]) -> Item:
+        """Send frames, or their numbers, to the device on a stream of their own."""
+        room = self.rooms(positions)
+        if room is None:
+            self._warn(positions)
+            return self.host.prepare(positions)
+        tensors = self._numbers(positions, room) if self.resident else self._frames(positions, room)
+        if self.stream is None:
+            return Item(tuple(to_device(t, self.device) for t in tensors), room)
+        with torch.cuda.stream(self.stream):
+            sent = tuple(to_device(t, self.device) for t in tensors)
+            return Item(sent, room, self.stream.record_event())
+
+    def make(self, tensors: Sequence[Tensor], room: Room | None) -> Made:
+        """Gather the frames, where they live on the device, and build their graphs."""
+        if room is None:
+            return self.host.make(tensors, room)
+        if self.resident is not None:
+            systems, labels = self.resident.gather(tensors[0], room.capacity.atoms)
+        else:
+            n_fields = len(dataclasses.fields(SpareSystems))
+            systems, labels = SpareSystems(*tensors[:n_fields]), Labels(*tensors[n_fields:])
+        cutoffs = self.config.atom_cutoff, self.config.bond_cutoff
+        batch, fits = build_graph(systems, *cutoffs, room.capacity, room.n_candidates)
+        return Made(batch, labels, fits)
+
+    def halve(self) -> None:
+        """Plan the shapes anew."""
+        self.rooms = self.rooms.halved()
+
+    def _numbers(self, positions: NDArray[np.int64], room: Room) -> tuple[Tensor, ...]:
+        """Numbers of the frames in the store, -1 for the fillers."""
+        numbers = torch.full((room.capacity.systems,), -1)
+        numbers[: len(positions)] = torch.from_numpy(self.frames.indices[positions])
+        return (numbers,)
+
+    def _frames(self, positions: NDArray[np.int64], room: Room) -> tuple[Tensor, ...]:
+        systems, labels = self.frames.gather(positions)
+        capacity = room.capacity
+        spare = spare_systems(systems, capacity.systems, capacity.atoms)
+        return (*_tensors(spare), *_tensors(pad_labels(labels, capacity)))
+
+    def _warn(self, positions: NDArray[np.int64]) -> None:
+        if not self.warned:
+            logger.warning(
+                "a batch, as others may be, is too large for the shapes that were planned; "
+                "its graphs are built on the CPU and its step is not recorded; frames %s",
+                self.frames.names(positions),
+            )
+        self.warned = True
+
+
+def open_sources(
+    train: Frames, val: Frames, potential: Potential, config: RunConfig
+) -> tuple[Source, Source]:
+    """Open the sources of a run: graphs are built on the device, unless that is the CPU."""
+    if potential.device.type == "cpu":
+        return HostGraphs(train, potential), HostGraphs(val, potential)
+    size, run = config.data.batch_size, config.train
+    n_train, n_val = len(train.indices), len(val.indices)
+    epochs = range(min(run.epochs, _PLANNED_EPOCHS))
+    batches = (
+        [batch for epoch in epochs for batch in epoch_batches(n_train, size, run.seed, epoch)],
+        np.array_split(np.arange(n_val), math.ceil(n_val / size)),
+    )
+    cutoffs = potential.config.atom_cutoff, potential.config.bond_cutoff
+    resident: dict[Path, ResidentFrames | None] = {}
+    sources = []
+    for frames, planned in zip((train, val), batches, strict=True):
+        store = frames.store
+        if store.path not in resident:
+            room_for_it = config.data.resident == "auto" and _fits_device(store, potential.device)
+            resident[store.path] = ResidentFrames(store, potential.device) if room_for_it else None
+        rooms = Rooms(frame_sizes(store, frames.indices, *cutoffs), planned)
+        sources.append(DeviceGraphs(frames, potential, rooms, resident[store.path]))
+    return sources[0], sources[1]
+
+
+def _fits_device(store: Store, device: torch.device) -> bool:
+    """Tell whether the frames take a small part of the device's free memory."""
+    n_bytes = sum(array.nbytes for array in store.raw().values())
+    free, _ = torch.cuda.mem_get_info(device)
+    return n_bytes < _RESIDENT_SHARE * free
+
+
+def _tensors(record: Batch | Labels | SpareSystems) -> tuple[Tensor, ...]:
+    """The fields of a dataclass, in their order."""
+    return tuple(getattr(record, field.name) for field in dataclasses.fields(record))

@@ -1,0 +1,310 @@
+"""Steps on padded batches whose graphs the device builds, recorded or in halves, are the steps they replace.
+
+Everything here runs on the CPU; a stand-in for CUDA graphs calls the function again on the same tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import configure, emt_frames
+from torch import Tensor
+
+from fastchgnet.config import Provenance, RunConfig
+from fastchgnet.data.store import Store, write_store
+from fastchgnet.errors import InputError
+from fastchgnet.graph import Labels
+from fastchgnet.train import loop
+from fastchgnet.train.batches import epoch_batches
+from fastchgnet.train.loop import Trainer
+from fastchgnet.train.record import Recorder
+from fastchgnet.train.resident import ResidentFrames
+from fastchgnet.train.rooms import Room, Rooms, frame_sizes
+from fastchgnet.train.setup import Frames
+from fastchgnet.train.source import DeviceGraphs, HostGraphs, Source
+from fastchgnet.train.step import Steps
+
+CPU = torch.device("cpu")
+CUTOFFS = (3.5, 3.0)
+# fp64: the same sums in another order, over some steps of Adam, which divides by small numbers
+TOLERANCE = 1e-9
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("step")
+    for name, n_frames, seed in (("train", 20, 0), ("val", 6, 1)):
+        write_store(emt_frames(n_frames, seed), folder / name, Provenance(name="emt"))
+    return folder
+
+
+@pytest.fixture
+def config(stores: Path, tmp_path: Path) -> RunConfig:
+    return configure(stores, tmp_path / "run", train={"dtype": "float64"})
+
+
+def everything(store: Store) -> Frames:
+    return Frames(store, np.arange(len(store)))
+
+
+def rooms_for(frames: Frames, batches: Sequence[np.ndarray]) -> Rooms:
+    return Rooms(frame_sizes(frames.store, frames.indices, *CUTOFFS), batches)
+
+
+class CalledAgain:
+    """A recording that calls the function again."""
+
+    def __init__(self) -> None:
+        self.n_recorded, self.n_replayed = 0, 0
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.n_recorded += 1
+        result = torch.zeros(2, dtype=torch.float64)
+
+        def replay() -> None:
+            self.n_replayed += 1
+            result.copy_(function())
+
+        return replay, result
+
+
+@pytest.fixture
+def make_trainer(config: RunConfig, stores: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+    """Make trainers with a source of one's choice."""
+
+    def make(choice: str, **sections: dict) -> Trainer:
+        train, val = (everything(Store(stores / name)) for name in ("train", "val"))
+
+        def open_sources(*given: object) -> tuple[Source, Source]:
+            host = [HostGraphs(frames, given[2]) for frames in (train, val)]  # type: ignore[arg-type]
+            if choice == "host":
+                return host[0], host[1]
+            resident = ResidentFrames(train.store, CPU) if choice == "resident" else None
+            rooms = rooms_for(train, batches_of(config))
+            return DeviceGraphs(train, given[2], rooms, resident), host[1]  # type: ignore[arg-type]
+
+        monkeypatch.setattr(loop, "open_sources", open_sources)
+        changed = {name: getattr(config, name).model_copy(update=new) for name, new in sections.items()}
+        trainer = Trainer(config.model_copy(update=changed), train, val, CPU, None)
+        trainer.potential.train()
+        return trainer
+
+    return make
+
+
+def batches_of(config: RunConfig, epoch: int = 0) -> list[np.ndarray]:
+    return epoch_batches(20, config.data.batch_size, config.train.seed, epoch)
+
+
+def advance(trainer: Trainer, batches: Sequence[np.ndarray]) -> None:
+    for item in trainer.load(trainer.train, list(batches)):
+        trainer.step(item)
+        trainer.progress = dataclasses.replace(trainer.progress, step=trainer.progress.step + 1)
+    trainer.check()
+
+
+def assert_same_state(found: Trainer, expected: Trainer) -> None:
+    for name in ("weights", "average", "mean", "square"):
+        one, other = getattr(found.optimizer, name), getattr(expected.optimizer, name)
+        torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE * other.abs().max().item())
+    for name, total in found.sums.as_dict().items():
+        torch.testing.assert_close(total, getattr(expected.sums, name), rtol=TOLERANCE, atol=1e-12)
+
+
+@pytest.mark.parametrize("choice", ["resident", "sent"])
+@pytest.mark.parametrize("readout", ["conservative", "direct"])
+def test_recorded_steps_are_those_on_graphs_of_the_host(
+    make_trainer: Callable[..., Trainer], config: RunConfig, choice: str, readout: str
+) -> None:
+    model = {"readout": readout}
+    expected, found = (make_trainer(name, model=model) for name in ("host", choice))
+    record = CalledAgain()
+    found.take_step = Steps(found.take_step.step, found.take_step.source, record)
+    batches = batches_of(config) + batches_of(config, epoch=1)
+    for trainer in (expected, found):
+        advance(trainer, batches)
+    assert_same_state(found, expected)
+    rooms = {found.take_step.source.prepare(batch).room for batch in batches}
+    assert None not in rooms
+    assert record.n_recorded == len(rooms) and record.n_replayed == len(batches) - len(rooms)
+
+
+def test_a_batch_without_a_room_is_taken_as_it_is(
+    make_trainer: Callable[..., Trainer], config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = [np.arange(5), np.arange(5, 17), np.arange(3, 20)]
+    expected, found = (make_trainer(name) for name in ("host", "resident"))
+    for trainer in (expected, found):
+        advance(trainer, batches)
+    assert_same_state(found, expected)
+    (warning,) = caplog.messages
+    assert "too large for the shapes" in warning and warning.endswith("emt:16")
+
+
+def out_of_memory_above(trainer: Trainer, n_systems: int) -> None:
+    """Let the potential of a trainer run out of memory on larger batches."""
+
+    def check(module: object, inputs: tuple) -> None:
+        if inputs[0].n_systems > n_systems:
+            raise torch.OutOfMemoryError("no more")
+
+    trainer.potential.register_forward_pre_hook(check)
+
+
+@pytest.mark.parametrize("choice", ["host", "resident"])
+def test_out_of_memory_halves_the_batch_once(
+    make_trainer: Callable[..., Trainer], config: RunConfig, choice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, found = (make_trainer(name) for name in ("host", choice))
+    out_of_memory_above(found, 4)  # halves of 5 are 3 and 2, and a filler
+    for trainer in (expected, found):
+        advance(trainer, batches_of(config))
+    assert_same_state(found, expected)
+    (warning,) = caplog.messages
+    assert "out of memory on 5 frames" in warning
+    out_of_memory_above(found, 1)
+    with pytest.raises(InputError, match="even on half a batch"):
+        advance(found, batches_of(config))
+
+
+def test_a_store_that_counts_too_little_is_told(
+    make_trainer: Callable[..., Trainer], config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer("resident")
+    source = trainer.take_step.source
+    assert isinstance(source, DeviceGraphs)
+    room = source.rooms.rooms[-1]
+    small = Room(room.capacity._replace(long_bonds=room.capacity.long_bonds // 4), room.n_candidates)
+    monkeypatch.setattr(source, "rooms", lambda positions: small)
+    with pytest.raises(InputError, match="larger than their store says; prepare it again; frames emt:"):
+        advance(trainer, batches_of(config))
+
+
+def test_resident_frames_are_those_of_the_store(stores: Path) -> None:
+    store = Store(stores / "train")
+    resident = ResidentFrames(store, CPU)
+    order = [7, 3, 3, 19, 0]
+    systems, labels = store.gather(np.array(order))
+    spare, spare_labels = resident.gather(torch.tensor([*order, -1, -1]), n_atoms=13)
+    assert spare.n_systems == 5 and spare.start.tolist() == [0, 2, 4, 6, 8, 10, 10, 10]
+    for name in ("atomic_number", "position", "cell", "pbc"):
+        wanted = getattr(systems, name)
+        assert torch.equal(getattr(spare, name)[: len(wanted)], wanted), name
+        assert getattr(spare, name).dtype == wanted.dtype
+    for field in dataclasses.fields(Labels):
+        wanted, found = getattr(labels, field.name), getattr(spare_labels, field.name)
+        torch.testing.assert_close(found[: len(wanted)], wanted, rtol=0, atol=0, equal_nan=True)
+        assert found[len(wanted) :].isnan().all() and len(found) == (7 if len(wanted) == 5 else 13)
+
+
+def test_a_device_makes_batches_and_steps_without_the_host(
+    make_trainer: Callable[..., Trainer], config: RunConfig
+) -> None:
+    """On the meta device whatever needs a value on the host fails."""
+    trainer = make_trainer("resident")
+    source = trainer.take_step.source
+    assert isinstance(source, DeviceGraphs)
+    item = source.prepare(batches_of(config)[0])
+    assert item.room is not None
+    numbers = item.tensors[0].to("meta")
+    step = trainer.take_step.step
+    source.resident = ResidentFrames(source.frames.store, torch.device("meta"))
+    made = source.make((numbers,), item.room)
+    assert isinstance(made.labels, Labels) and made.fits.device.type == "meta"
+    assert {getattr(made.batch, field.name).device.type for field in dataclasses.fields(made.batch)} == {
+        "meta"
+    }
+    step.potential.to("meta")
+    assert step.potential(made.batch).energy.device.type == "meta"
+
+
+# rooms
+
+
+def test_rooms_hold_what_they_were_planned_for() -> None:
+    sizes = np.random.default_rng(0).lognormal(3, 0.8, (300, 1)).astype(np.int64) * [1, 4, 30, 60, 400]
+    batches = [batch for epoch in range(10) for batch in epoch_batches(300, 7, 0, epoch)]
+    rooms = Rooms(sizes, batches)
+    chosen = [rooms(batch) for batch in batches]
+    assert set(chosen) == set(rooms.rooms) and len(rooms.rooms) == 3
+    small, middle, large = (sum(room == one for room in chosen) for one in rooms.rooms)
+    assert small > middle > large > 0
+    assert rooms(np.arange(300)) is None
+    half = rooms.halved()
+    assert all(half(part) for batch in batches for part in np.array_split(batch, 2))
+    assert half.rooms[-1].n_candidates < rooms.rooms[-1].n_candidates
+
+
+def test_sizes_are_counted_where_the_cutoffs_are_others(stores: Path) -> None:
+    frames = everything(Store(stores / "train"))
+    plan = frames.store.header.plan
+    stored = frame_sizes(frames.store, frames.indices, plan.atom_cutoff, plan.bond_cutoff)
+    assert stored[:, :4].tolist() == [
+        [n, short, edges // 2 - short, angles] for n, edges, short, angles in frames.store.sizes.tolist()
+    ]
+    smaller = frame_sizes(frames.store, frames.indices, 3.5, 2.8)
+    assert (smaller <= stored).all() and (smaller.sum(0)[1:] < stored.sum(0)[1:]).all()
+
+
+# recording
+
+
+def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
+    def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    calls: list[object] = []
+
+    def double(shapes: object, inputs: Sequence[Tensor]) -> Tensor:
+        calls.append(shapes)
+        return 2 * inputs[0]
+
+    recorder = Recorder(double, record)
+    assert [recorder("a", [torch.tensor(float(n))]).item() for n in range(4)] == [0, 2, 4, 6]
+    assert calls == ["a"] * 4
+    assert caplog.messages == ["steps cannot be recorded and run one by one: operation not permitted"]
+
+
+def test_what_has_no_shapes_of_its_own_is_not_recorded() -> None:
+    record = CalledAgain()
+    recorder = Recorder(lambda shapes, inputs: torch.cat([inputs[0], inputs[0]]), record)
+    for shapes, n in ((None, 1), ("a", 1), (None, 2), ("a", 1), ("a", 1)):
+        assert recorder(shapes, [torch.ones(n)]).tolist() == [1] * (2 * n)
+    assert record.n_recorded == 1 and record.n_replayed == 2
+
+
+# with a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"resident": "off"}])
+@pytest.mark.parametrize("readout", ["conservative", "direct"])
+def test_captured_steps_on_a_gpu(stores: Path, tmp_path: Path, settings: dict, readout: str) -> None:
+    """The same as launched one by one, bit for bit, and as on the CPU, but for rounding."""
+    store = everything(Store(stores / "train"))
+    trainers = {}
+    for name, device, capture in (
+        ("cpu", "cpu", "off"),
+        ("eager", "cuda", "off"),
+        ("captured", "cuda", "auto"),
+    ):
+        config = configure(
+            stores,
+            tmp_path / name,
+            model={"readout": readout},
+            data=settings,
+            train={"dtype": "float64", "capture": capture, "device": device},
+        )
+        trainers[name] = Trainer(config, store, store, torch.device(device), None)
+        trainers[name].potential.train()
+        advance(trainers[name], batches_of(config) + batches_of(config, epoch=1))
+    assert torch.equal(trainers["captured"].optimizer.weights, trainers["eager"].optimizer.weights)
+    expected = trainers["cpu"].optimizer.weights
+    # graphs of the two builders differ in the order of their sums
+    torch.testing.assert_close(trainers["captured"].optimizer.weights.cpu(), expected, rtol=1e-7, atol=1e-9)
