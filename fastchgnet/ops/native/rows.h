@@ -26,11 +26,23 @@ static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(Vec)); }
 
 static inline Vec all(float x) { return x - Vec{}; }
 
-static inline float total(Vec v) {
-    float sum = 0;
-    for (int n = 0; n < LANES; n++) sum += v[n];
-    return sum;
+template <int BYTES>
+static inline float total(const float* p) {
+    typedef float Half __attribute__((vector_size(BYTES / 2)));
+    Half low, high;
+    std::memcpy(&low, p, sizeof(Half));
+    std::memcpy(&high, p + BYTES / 8, sizeof(Half));
+    low += high;
+    return total<BYTES / 2>(reinterpret_cast<const float*>(&low));
 }
+
+template <>
+inline float total<8>(const float* p) {
+    return p[0] + p[1];
+}
+
+// The sum of all lanes, pairwise: a chain of additions would wait for each of them.
+static inline float total(Vec v) { return total<VECTOR_BYTES>(reinterpret_cast<const float*>(&v)); }
 
 // 1 / (1 + exp(-x)). exp(t) = 2^n exp(r) with |r| <= ln(2) / 2 and a polynomial of degree 6, to 1e-7.
 static inline Vec sigmoid(Vec x) {
