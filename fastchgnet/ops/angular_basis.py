@@ -76,7 +76,7 @@ def reference(
     unit = short_edge / short_edge.norm(dim=1, keepdim=True)
     cosine = (unit[by_i.segment] * unit[by_j.segment]).sum(1)
     if frequency is None:
-        return _scaled(list(_chebyshev(cosine, n_functions)))
+        return _scaled(_chebyshev(cosine[:, None], n_functions))
     phase = torch.acos(K * cosine)[:, None] * frequency
     return _scaled([torch.ones_like(phase[:, :1]), phase.sin(), phase.cos()])
 
@@ -89,9 +89,9 @@ def _scaled(columns: list[Tensor]) -> Tensor:
 
 def _chebyshev(cosine: Tensor, n: int) -> list[Tensor]:
     """T_0 to T_{n-1}, [T, 1] each."""
-    terms = [torch.ones_like(cosine)[:, None], cosine[:, None]]
+    terms = [torch.ones_like(cosine), cosine]
     while len(terms) < n:
-        terms.append(2 * terms[1] * terms[-1] - terms[-2])
+        terms.append(2 * cosine * terms[-1] - terms[-2])
     return terms[:n]
 
 
@@ -173,16 +173,18 @@ class _Chebyshev:
     """The polynomials of c with their first and second derivatives, as `_Fourier`."""
 
     def __init__(self, cosine: Tensor, n: int) -> None:
+        self.cosine, self.t = cosine, _chebyshev(cosine, n)
         one, zero = torch.ones_like(cosine), torch.zeros_like(cosine)
-        t, d, d2 = [one, cosine], [zero, one], [zero, zero]
-        while len(t) < n:
-            d2.append(2 * cosine * d2[-1] + 4 * d[-1] - d2[-2])
-            d.append(2 * cosine * d[-1] + 2 * t[-1] - d[-2])
-            t.append(2 * cosine * t[-1] - t[-2])
-        self.t, self.d, self.d2 = t[:n], d[:n], d2[:n]
+        d = [zero, one]
+        for t in self.t[1:-1]:
+            d.append(2 * cosine * d[-1] + 2 * t - d[-2])
+        self.d = d[:n]
 
-    def values(self) -> Tensor:
-        return _scaled(self.t)
+    def _curvatures(self) -> Tensor:
+        d2 = [torch.zeros_like(self.cosine)] * 2
+        for d in self.d[1:-1]:
+            d2.append(2 * self.cosine * d2[-1] + 4 * d - d2[-2])
+        return _scaled(d2[: len(self.t)])
 
     def values_dot(self, c_dot: Tensor) -> Tensor:
         return c_dot * _scaled(self.d)
@@ -192,7 +194,7 @@ class _Chebyshev:
         return (grad * _scaled(self.d)).sum(1, keepdim=True)
 
     def second(self) -> Tensor:
-        return (self.grad * _scaled(self.d2)).sum(1, keepdim=True)
+        return (self.grad * self._curvatures()).sum(1, keepdim=True)
 
     def by_frequency(self) -> None:
         return None
@@ -216,7 +218,10 @@ def _forward(
     reverse: Tensor,
     n_functions: int,
 ) -> Tensor:
-    return _series(_Angles(short_edge, i, start, j, reverse), frequency, n_functions).values()
+    angles = _Angles(short_edge, i, start, j, reverse)
+    if frequency is None:
+        return _scaled(_chebyshev(angles.cosine, n_functions))
+    return _Fourier(angles.cosine, angles.sine2, frequency).values()
 
 
 def _backward(with_parameters: bool, grad: Tensor, short_edge: Tensor, *rest: Any) -> list[Tensor | None]:
