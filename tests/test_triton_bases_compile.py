@@ -1,0 +1,119 @@
+"""The kernels of the bases and of the pair forces compile for A100 and H100, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+MAX_SHARED = 160 * 1024  # bytes that a program may take on an A100
+
+
+def test_kernels_compile_without_spills() -> None:
+    # this process may interpret Triton, which is decided when it is imported
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    found = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    kernels = json.loads(found.stdout)
+    assert {kernel["capability"] for kernel in kernels} == {80, 90}
+    assert len({kernel["name"] for kernel in kernels}) == 9
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= MAX_SHARED, kernel
+
+
+def _signature(value: Any) -> Any:
+    import torch
+
+    types = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int8: "*i8"}
+    if value is None:
+        return "constexpr"
+    if isinstance(value, tuple):
+        return type(value)(*map(_signature, value))
+    if isinstance(value, torch.Tensor):
+        return types[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _constants(value: Any, path: tuple[int, ...]) -> dict[tuple[int, ...], None]:
+    """Where None stands among the arguments."""
+    if isinstance(value, tuple):
+        return {at: None for n, part in enumerate(value) for at in _constants(part, (*path, n))}
+    return {path: None} if value is None else {}
+
+
+def _compiled(kernel: Any, args: tuple, options: dict[str, Any], capability: int) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = dict(zip(names, map(_signature, args), strict=False))
+    constants: dict[tuple[int, ...], Any] = _constants(args, ())
+    for n, name in enumerate(names):
+        if name in options:
+            signature[name], constants[(n,)] = "constexpr", options[name]
+    made = triton.compile(
+        ASTSource(kernel, signature=signature, constexprs=constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={k: v for k, v in options.items() if k not in names},
+    )
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {
+        "name": f"{kernel.__module__}.{kernel.__name__}",
+        "capability": capability,
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": made.metadata.shared,
+    }
+
+
+def main() -> None:
+    """Print what each kernel that the bodies launch takes on each GPU."""
+    import torch
+
+    from fastchgnet.ops import _angular_basis_triton, _pair_forces_triton, _radial_basis_triton, _triton
+
+    found = []
+
+    def launch(kernel: Any, grid: int, device: torch.device, *args: Any, **options: Any) -> None:
+        found.extend(_compiled(kernel, args, options, capability) for capability in (80, 90))
+
+    _triton.launch = launch
+    vector, distance, grad = torch.zeros(8, 3), torch.zeros(8, 1), torch.zeros(8, 31)
+    index, sign = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int8)
+    given: tuple[Any, ...] = (distance, torch.zeros(31), 6.0, 8)
+    _radial_basis_triton.envelope(distance, 6.0, 8)
+    _radial_basis_triton.forward(*given)
+    for with_parameters in (False, True):
+        _radial_basis_triton.backward(with_parameters, grad, *given)
+    _radial_basis_triton.backward_backward((distance,), grad, *given)
+    for frequency in (torch.zeros(15), None):
+        given = (vector, frequency, index, index, index, index, 31)
+        _angular_basis_triton.forward(*given)
+        for with_parameters in (False, True):
+            _angular_basis_triton.backward(with_parameters, grad, *given)
+        _angular_basis_triton.backward_backward((vector,), grad, *given)
+    _pair_forces_triton.forward(vector, vector, vector, index, index, index, sign, index)
+    _pair_forces_triton.backward(vector, vector, torch.zeros(8, 12, dtype=torch.float64), index, index)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
