@@ -17,6 +17,7 @@ the number of true candidates before it. Distances are the same bits in both dir
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from fastchgnet.graph import Batch, Systems, _Tensors
 from fastchgnet.neighbors import cell_volume, cross, pair_vector, squared_length
+from fastchgnet.ops import _triton
 from fastchgnet.padding import Capacity, Counts, fill
 
 _SLACK = 1e-9
@@ -80,12 +82,28 @@ def build_graph(
         atom_cutoff: radius of edges, A.
         bond_cutoff: radius of the short bonds that form angles, A.
         capacity: rows of the batch.
-        n_candidates: room for candidate pairs.
+        n_candidates: room for candidate pairs, which the Triton body on GPUs does not need.
 
     Returns:
         The batch, and whether the crystals fitted, a bool scalar on the device. Where they did not, the
         batch is made of fillers.
     """
+    if systems.position.is_cuda:
+        plain = partial(_build_in_torch, n_candidates=n_candidates)
+        build = _triton.body("_neighbors_triton", "build_graph", plain, dtypes=(torch.float64,))
+        return build(systems.position, systems, atom_cutoff, bond_cutoff, capacity)
+    return _build_in_torch(systems.position, systems, atom_cutoff, bond_cutoff, capacity, n_candidates)
+
+
+def _build_in_torch(
+    position: Tensor,
+    systems: SpareSystems,
+    atom_cutoff: float,
+    bond_cutoff: float,
+    capacity: Capacity,
+    n_candidates: int,
+) -> tuple[Batch, Tensor]:
+    """`build_graph` on any device, in some hundred operations."""
     search = _Search(systems, atom_cutoff, n_candidates)
     edges = _edges(search, bond_cutoff, capacity)
     short, n_angles = _short_edges(edges, capacity)

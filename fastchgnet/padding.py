@@ -28,7 +28,8 @@ from fastchgnet.graph import Batch, Labels
 GHOST_LENGTH = 100.0
 """Length of ghost bonds, A; `ModelConfig` bounds the cutoff to 20 A."""
 
-_GHOST_ATOM = 1
+GHOST_ATOM = 1
+"""Their atomic number."""
 
 
 class Capacity(NamedTuple):
@@ -79,7 +80,7 @@ def pad(batch: Batch, capacity: Capacity) -> Batch:
         raise ValueError(f"a batch of {rows} does not fit {capacity}")
     n_spare = capacity.short_bonds - rows.short_bonds
     wide = {}
-    for name, length in _lengths(capacity).items():
+    for name, length in field_lengths(capacity).items():
         real = getattr(batch, name)
         if name.startswith("bond_") and name != "bond_short":
             short, long = real[: rows.short_bonds], real[rows.short_bonds :]
@@ -90,7 +91,7 @@ def pad(batch: Batch, capacity: Capacity) -> Batch:
     return fill(Batch(**wide), counts, capacity)
 
 
-def _lengths(capacity: Capacity) -> dict[str, int]:
+def field_lengths(capacity: Capacity) -> dict[str, int]:
     """Rows of every field of a batch."""
     systems, atoms, short, _, angles = capacity
     special = {"system_start": systems + 1, "atom_edge": atoms + 1, "atom_angle": atoms + 1}
@@ -173,7 +174,7 @@ class _Ghosts:
         cube = GHOST_LENGTH * torch.eye(3, dtype=batch.cell.dtype, device=batch.cell.device)
         start = torch.where(fence < 0, batch.system_start, first)
         return {
-            "atomic_number": batch.atomic_number.where(atom < 0, _GHOST_ATOM),
+            "atomic_number": batch.atomic_number.where(atom < 0, GHOST_ATOM),
             "atom_system": batch.atom_system.where(atom < 0, (self.real.systems + atom).clamp(max=last)),
             "system_start": start,
             "n_atoms": start.diff(),
