@@ -67,21 +67,16 @@ class Family:
         self.n_derivatives = len(features) + len(parameters)
         inputs = ", ".join([*features, *parameters, *constants])
         cotangents = ", ".join(f"Tensor? u{n}" for n in range(self.n_features))
-        self._bodies = {"": forward, "_backward": backward, "_backward_backward": backward_backward}
         self.forward = _op(name, f"({inputs}) -> Tensor", forward)
         self.backward = _op(
             f"{name}_backward",
             f"(bool with_parameters, Tensor grad, {inputs}) -> {_tensors(self.n_derivatives)}",
-            lambda with_parameters, grad, *given: self._filled(
-                backward(with_parameters, grad, *given), grad, self.n_derivatives
-            ),
+            self._first(backward),
         )
         self.backward_backward = _op(
             f"{name}_backward_backward",
             f"({cotangents}, Tensor grad, {inputs}) -> {_tensors(1 + self.n_derivatives)}",
-            lambda *given: self._filled(
-                self._second(backward_backward, given), given[self.n_features], 1 + self.n_derivatives
-            ),
+            self._second(backward_backward),
         )
         self._register_shapes(shape)
         self.forward.register_autograd(self._autograd, setup_context=_save)
@@ -94,40 +89,36 @@ class Family:
     def on_cuda(self, forward: _Function, backward: _Function, backward_backward: _Function) -> None:
         """Use other bodies, of the same signatures, for tensors on CUDA."""
         self.forward.register_kernel("cuda")(forward)
-        self.backward.register_kernel("cuda")(
-            lambda with_parameters, grad, *given: self._filled(
-                backward(with_parameters, grad, *given), grad, self.n_derivatives
-            )
-        )
-        self.backward_backward.register_kernel("cuda")(
-            lambda *given: self._filled(
-                self._second(backward_backward, given), given[self.n_features], 1 + self.n_derivatives
-            )
-        )
+        self.backward.register_kernel("cuda")(self._first(backward))
+        self.backward_backward.register_kernel("cuda")(self._second(backward_backward))
 
-    def _second(self, body: _Function, given: tuple) -> Any:
-        return body(given[: self.n_features], *given[self.n_features :])
+    def _first(self, body: _Function) -> _Function:
+        """Make a library op of a backward function."""
 
-    @staticmethod
-    def _filled(found: Sequence[Tensor | None], like: Tensor, n: int) -> tuple[Tensor, ...]:
-        """Library ops return tensors only: stand in for None with an empty one."""
-        absent = [None] * (n - len(found))
-        return tuple(like.new_empty(0) if t is None else t for t in [*found, *absent])
+        def call(with_parameters: bool, grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+            return _filled(body(with_parameters, grad, *inputs), self.n_derivatives, grad)
+
+        return call
+
+    def _second(self, body: _Function) -> _Function:
+        """Make a library op of a function that differentiates the backward one."""
+
+        def call(*given: Any) -> tuple[Tensor, ...]:
+            cotangents, grad, inputs = given[: (n := self.n_features)], given[n], given[n + 1 :]
+            return _filled(body(cotangents, grad, *inputs), 1 + self.n_derivatives, grad)
+
+        return call
 
     def _register_shapes(self, shape: _Function) -> None:
-        def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-            n = self.n_derivatives if with_parameters else self.n_features
-            found = [None if t is None else torch.empty_like(t) for t in inputs[:n]]
-            return self._filled(found, grad, self.n_derivatives)
+        def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> list[Tensor | None]:
+            return _like(inputs[: self.n_derivatives if with_parameters else self.n_features])
 
-        def second(*given: Any) -> tuple[Tensor, ...]:
-            inputs = given[self.n_features : self.n_features + 1 + self.n_derivatives]
-            found = [None if t is None else torch.empty_like(t) for t in inputs]
-            return self._filled(found, inputs[0], 1 + self.n_derivatives)
+        def second(cotangents: tuple, grad: Tensor, *inputs: Any) -> list[Tensor | None]:
+            return _like((grad, *inputs[: self.n_derivatives]))
 
         self.forward.register_fake(shape)
-        self.backward.register_fake(backward)
-        self.backward_backward.register_fake(second)
+        self.backward.register_fake(self._first(backward))
+        self.backward_backward.register_fake(self._second(second))
 
     def _autograd(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = _saved(ctx)
@@ -136,7 +127,8 @@ class Family:
             return (None,) * len(inputs)
         with_parameters = not _feature_derivatives_only and any(needed[self.n_features : self.n_derivatives])
         found = self.backward(with_parameters, grad.contiguous(), *inputs)
-        return self._wanted(found, inputs, needed, self.n_derivatives if with_parameters else self.n_features)
+        n = self.n_derivatives if with_parameters else self.n_features
+        return _wanted(found[:n], inputs, ctx.needs_input_grad)
 
     def _autograd_of_backward(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if any(u is not None and u.numel() for u in cotangents[self.n_features :]):
@@ -146,16 +138,7 @@ class Family:
         if all(u is None for u in features):
             return (None,) * (len(saved) + 1)
         found = self.backward_backward(*features, *saved)
-        return (None, *self._wanted(found, saved, ctx.needs_input_grad[1:], 1 + self.n_derivatives))
-
-    @staticmethod
-    def _wanted(
-        found: Sequence[Tensor], inputs: Sequence[Any], needed: Sequence[bool], n: int
-    ) -> tuple[Tensor | None, ...]:
-        chosen = [
-            found[k] if k < n and inputs[k] is not None and needed[k] else None for k in range(len(inputs))
-        ]
-        return tuple(chosen)
+        return (None, *_wanted(found, saved, ctx.needs_input_grad[1:]))
 
 
 def _op(name: str, schema: str, body: _Function) -> Any:
@@ -181,3 +164,24 @@ def _saved(ctx: Any) -> list[Any]:
         next(tensors) if kept else constant
         for kept, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
     ]
+
+
+def _like(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else torch.empty_like(t) for t in tensors]
+
+
+def _filled(found: Sequence[Tensor | None], n: int, like: Tensor) -> tuple[Tensor, ...]:
+    """Library ops return a fixed number of tensors: empty ones stand in for what there is not."""
+    missing = [None] * (n - len(found))
+    return tuple(like.new_empty(0) if t is None else t for t in [*found, *missing])
+
+
+def _wanted(
+    found: Sequence[Tensor], inputs: Sequence[Any], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs that need one; None for the others."""
+    wanted: list[Tensor | None] = [None] * len(inputs)
+    for k, gradient in enumerate(found):
+        if inputs[k] is not None and needed[k]:
+            wanted[k] = gradient
+    return tuple(wanted)
