@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastchgnet.ops._message_inputs import EPS
-from fastchgnet.ops._tiles import dot, matrix, normed, read, transposed, vector, write, zeros
+from fastchgnet.ops._tiles import dot, factor, matrix, normed, read, vector, write, zeros
 
 EPSILON = tl.constexpr(EPS)
 
@@ -27,36 +27,67 @@ def segments(m, tile, n_rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gathered(tables, a_ND, m, index, live, BRANCH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
+def absent():
+    # functions cannot return None
+    return tl.zeros([], tl.float32)
+
+
+@triton.jit
+def weights(m, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Read A of core and gate and W of core and gate, of which either may be missing."""
+    rows_core, rows_gate, hidden_core, hidden_gate = absent(), absent(), absent(), absent()
+    if m.a is not None:
+        rows_core = matrix(m.angle_weight, D, PRECISION)
+        rows_gate = matrix(m.angle_weight + D * D, D, PRECISION)
+    if m.weight is not None:
+        hidden_core = matrix(m.weight, D, PRECISION)
+        hidden_gate = matrix(m.weight + D * D, D, PRECISION)
+    return rows_core, rows_gate, hidden_core, hidden_gate
+
+
+@triton.jit
+def gathered(
+    tables, a_ND, rows_weight, index, live, BRANCH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
+):
     """Return P_i + Q_j + R_k + A a of core or gate; any part may be missing."""
     total = zeros(live.shape[0], D)
     for t in tl.static_range(3):
         if tables[t] is not None:
             total += read(tables[t] + BRANCH * D, index[t], live, 2 * D, D)
     if a_ND is not None:
-        total = dot(a_ND, transposed(m.angle_weight + BRANCH * D * D, D), total, PRECISION)
+        total = dot(a_ND, tl.trans(rows_weight), total, PRECISION)
     return total
 
 
 @triton.jit
-def linear(s, m, BRANCH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
+def linear(s, hidden_weight, D: tl.constexpr, PRECISION: tl.constexpr):
     """Return W s."""
-    return dot(s, transposed(m.weight + BRANCH * D * D, D), zeros(s.shape[0], D), PRECISION)
+    return dot(factor(s, PRECISION), tl.trans(hidden_weight), zeros(s.shape[0], D), PRECISION)
 
 
 @triton.jit
-def linear_backward(dz, m, BRANCH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
-    """Return W^T dz."""
-    return dot(dz, matrix(m.weight + BRANCH * D * D, D), zeros(dz.shape[0], D), PRECISION)
+def linear_backward(dz, hidden_weight, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Return W^T dz, of a factor."""
+    return dot(dz, hidden_weight, zeros(dz.shape[0], D), PRECISION)
 
 
 @triton.jit
-def norm_input(h, m, BRANCH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
-    """Return z, of core or gate."""
+def rows_backward(dh, da, a_ND, rows_weight, sums, WITH_PARAMETERS: tl.constexpr, PRECISION: tl.constexpr):
+    """Add A^T dh of core or gate to da, and dh a^T to the sums."""
+    dh = factor(dh, PRECISION)
+    angle, weight, bias, scale, shift = sums
+    if WITH_PARAMETERS:
+        angle = dot(tl.trans(dh), a_ND, angle, PRECISION)
+    return dot(dh, rows_weight, da, PRECISION), (angle, weight, bias, scale, shift)
+
+
+@triton.jit
+def norm_input(h, hidden_weight, m, BRANCH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Return z of core or gate."""
     if m.weight is None:
         return h
     else:
-        return linear(h * tl.sigmoid(h), m, BRANCH, D, PRECISION) + vector(m.bias + BRANCH * D, D)
+        return linear(h * tl.sigmoid(h), hidden_weight, D, PRECISION) + vector(m.bias + BRANCH * D, D)
 
 
 @triton.jit
@@ -92,10 +123,9 @@ def silu_slope(h, sigmoid):
 @triton.jit
 def no_sums(m, D: tl.constexpr):
     """Start the sums of a branch: gradients of A, W, b, g and c."""
-    absent = tl.zeros([], tl.float32)
     row = tl.zeros([D], tl.float32)
-    angle = zeros(D, D) if m.a is not None else absent
-    weight = zeros(D, D) if m.weight is not None else absent
+    angle = zeros(D, D) if m.a is not None else absent()
+    weight = zeros(D, D) if m.weight is not None else absent()
     return angle, weight, row, row, row
 
 

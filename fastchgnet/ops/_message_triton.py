@@ -25,12 +25,14 @@ from fastchgnet.ops._message_tiles import (
     norm,
     norm_input,
     norm_row,
+    rows_backward,
     segments,
     silu_slope,
+    weights,
     write_sums,
 )
 from fastchgnet.ops._segments_triton import sum_all
-from fastchgnet.ops._tiles import dot, matrix, norm_backward, read, write, zeros
+from fastchgnet.ops._tiles import dot, factor, norm_backward, read, write, zeros
 
 WIDTHS = (16, 32, 64)
 
@@ -43,7 +45,10 @@ class Tile(NamedTuple):
     per_multiprocessor: int  # programs that run there at once
 
 
-FORWARD = Tile(rows=64, warps=4, per_multiprocessor=2)
+FORWARD = {
+    "tf32": Tile(rows=64, warps=4, per_multiprocessor=2),
+    "fp32": Tile(rows=32, warps=8, per_multiprocessor=1),
+}
 BACKWARD = Tile(rows=32, warps=8, per_multiprocessor=1)
 
 
@@ -85,16 +90,21 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    kept = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
         index, live = segments(m, tile, n_rows, BLOCK)
+        # fp32 takes twice the shared memory, so that weights are read for every tile
+        rows_core, rows_gate, hidden_core, hidden_gate = (
+            kept if PRECISION == "tf32" else weights(m, D, PRECISION)
+        )
         tables = (m.p, m.q, m.r)
-        a_ND = read(m.a, index[3], live, D, D) if m.a is not None else None
-        h = gathered(tables, a_ND, m, index, live, 0, D, PRECISION)
-        x, _ = norm(norm_input(h, m, 0, D, PRECISION), m, D)
+        a_ND = factor(read(m.a, index[3], live, D, D), PRECISION) if m.a is not None else None
+        h = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
+        x, _ = norm(norm_input(h, hidden_core, m, 0, D, PRECISION), m, D)
         n = affine(x, m, 0, N_NORMS, D)
         message = n * tl.sigmoid(n)
-        h = gathered(tables, a_ND, m, index, live, 1, D, PRECISION)
-        x, _ = norm(norm_input(h, m, 1, D, PRECISION), m, D)
+        h = gathered(tables, a_ND, rows_gate, index, live, 1, D, PRECISION)
+        x, _ = norm(norm_input(h, hidden_gate, m, 1, D, PRECISION), m, D)
         message *= tl.sigmoid(affine(x, m, 1, N_NORMS, D))
         if m.w is not None:
             message *= read(m.w, index[2], live, D, D)
@@ -107,7 +117,7 @@ def _branch_backward(
     x,
     rstd,
     h,
-    a_ND,
+    hidden,
     m,
     sums,
     BRANCH: tl.constexpr,
@@ -128,11 +138,11 @@ def _branch_backward(
     if m.weight is not None:
         sigmoid = tl.sigmoid(h)
         if WITH_PARAMETERS:
-            weight = dot(tl.trans(dz), h * sigmoid, weight, PRECISION)
             bias += tl.sum(dz, 0)
-        dh = linear_backward(dz, m, BRANCH, D, PRECISION) * silu_slope(h, sigmoid)
-    if WITH_PARAMETERS and m.a is not None:
-        angle = dot(tl.trans(dh), a_ND, angle, PRECISION)
+        dz = factor(dz, PRECISION)
+        if WITH_PARAMETERS:
+            weight = dot(tl.trans(dz), factor(h * sigmoid, PRECISION), weight, PRECISION)
+        dh = linear_backward(dz, hidden, D, PRECISION) * silu_slope(h, sigmoid)
     return dh, (angle, weight, bias, scale, shift)
 
 
@@ -150,14 +160,21 @@ def _backward_kernel(
 ):
     WITH_PARAMETERS: tl.constexpr = found.parameters is not None
     sums_core, sums_gate = no_sums(m, D), no_sums(m, D)
+    kept = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
         index, live = segments(m, tile, n_rows, BLOCK)
+        # fp32 takes twice the shared memory, so that weights are read for every tile
+        rows_core, rows_gate, hidden_core, hidden_gate = (
+            kept if PRECISION == "tf32" else weights(m, D, PRECISION)
+        )
         tables = (m.p, m.q, m.r)
-        a_ND = read(m.a, index[3], live, D, D) if m.a is not None else None
-        h_core = gathered(tables, a_ND, m, index, live, 0, D, PRECISION)
-        h_gate = gathered(tables, a_ND, m, index, live, 1, D, PRECISION)
-        x_core, rstd_core = norm(norm_input(h_core, m, 0, D, PRECISION), m, D)
-        x_gate, rstd_gate = norm(norm_input(h_gate, m, 1, D, PRECISION), m, D)
+        a_ND = factor(read(m.a, index[3], live, D, D), PRECISION) if m.a is not None else None
+        h_core = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
+        h_gate = gathered(tables, a_ND, rows_gate, index, live, 1, D, PRECISION)
+        z_core = norm_input(h_core, hidden_core, m, 0, D, PRECISION)
+        z_gate = norm_input(h_gate, hidden_gate, m, 1, D, PRECISION)
+        x_core, rstd_core = norm(z_core, m, D)
+        x_gate, rstd_gate = norm(z_gate, m, D)
         n_core = affine(x_core, m, 0, N_NORMS, D)
         s_core, s_gate = tl.sigmoid(n_core), tl.sigmoid(affine(x_gate, m, 1, N_NORMS, D))
         core = n_core * s_core
@@ -169,17 +186,22 @@ def _backward_kernel(
             g = read(grad, index[3], live, D, D)
         dn_core = g * s_gate * (s_core + core * (1 - s_core))
         dn_gate = g * core * s_gate * (1 - s_gate)
+        # fmt: off
         dh_core, sums_core = _branch_backward(
-            dn_core, x_core, rstd_core, h_core, a_ND, m, sums_core, 0, WITH_PARAMETERS, N_NORMS, D, PRECISION
+            dn_core, x_core, rstd_core, h_core, hidden_core, m, sums_core,
+            0, WITH_PARAMETERS, N_NORMS, D, PRECISION,
         )
         write(found.h, index[3], live, dh_core, 2 * D, D)
         dh_gate, sums_gate = _branch_backward(
-            dn_gate, x_gate, rstd_gate, h_gate, a_ND, m, sums_gate, 1, WITH_PARAMETERS, N_NORMS, D, PRECISION
+            dn_gate, x_gate, rstd_gate, h_gate, hidden_gate, m, sums_gate,
+            1, WITH_PARAMETERS, N_NORMS, D, PRECISION,
         )
+        # fmt: on
         write(found.h + D, index[3], live, dh_gate, 2 * D, D)
         if m.a is not None:
-            da = dot(dh_core, matrix(m.angle_weight, D), zeros(BLOCK, D), PRECISION)
-            da = dot(dh_gate, matrix(m.angle_weight + D * D, D), da, PRECISION)
+            da = zeros(BLOCK, D)
+            da, sums_core = rows_backward(dh_core, da, a_ND, rows_core, sums_core, WITH_PARAMETERS, PRECISION)
+            da, sums_gate = rows_backward(dh_gate, da, a_ND, rows_gate, sums_gate, WITH_PARAMETERS, PRECISION)
             write(found.a, index[3], live, da, D, D)
     if WITH_PARAMETERS:
         out = found.parameters + tl.program_id(0) * N_PARAMETER_ROWS * D
@@ -314,7 +336,7 @@ def forward(*inputs: Tensor) -> Tensor:
         return _message_torch.forward(*inputs)
     launch = Launch(inputs)
     rows_ND = launch.rows(launch.width)
-    launch.run(_forward_kernel, FORWARD, launch.kernel_inputs(), rows_ND)
+    launch.run(_forward_kernel, FORWARD[_triton.current_precision()], launch.kernel_inputs(), rows_ND)
     if launch.m.w is None:
         return rows_ND
     return sum_all([(rows_ND, launch.m.i_start, None)])[0]

@@ -22,38 +22,42 @@ from fastchgnet.ops._message_tiles import (
     norm,
     norm_input,
     norm_row,
+    rows_backward,
     segments,
     silu_slope,
+    weights,
     write_sums,
 )
 from fastchgnet.ops._message_triton import Launch, Tile, fits
-from fastchgnet.ops._tiles import dot, matrix, mean, norm_backward, read, write, zeros
+from fastchgnet.ops._tiles import dot, factor, mean, norm_backward, read, write, zeros
 
 SECOND = Tile(rows=32, warps=8, per_multiprocessor=1)
+SECOND_OF_BONDS = Tile(rows=16, warps=8, per_multiprocessor=1)
 
 
 @triton.jit
-def _tangent(
+def _branch_up(
     h,
     u,
+    hidden,
     m,
     BRANCH: tl.constexpr,
     N_NORMS: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return x, 1 / std, n, L(z'), mean(z' x) and n' of core or gate."""
+    """From h of core or gate and its tangent u to n and n'; and x, 1 / std, L(z') and mean(z' x)."""
     z_dot = u
     if m.weight is not None:
-        z_dot = linear(u * silu_slope(h, tl.sigmoid(h)), m, BRANCH, D, PRECISION)
-    x, rstd = norm(norm_input(h, m, BRANCH, D, PRECISION), m, D)
+        z_dot = linear(u * silu_slope(h, tl.sigmoid(h)), hidden, D, PRECISION)
+    x, rstd = norm(norm_input(h, hidden, m, BRANCH, D, PRECISION), m, D)
     n = affine(x, m, BRANCH, N_NORMS, D)
     if m.scale is None:
-        return x, rstd, n, z_dot, rstd, z_dot
+        return n, z_dot, (x, rstd, z_dot, rstd)
     else:
         along = mean(z_dot * x, D)
         normed_dot = (z_dot - mean(z_dot, D) - x * along) * rstd
-        return x, rstd, n, normed_dot, along, normed_dot * norm_row(m.scale, BRANCH, N_NORMS, D)
+        return n, normed_dot * norm_row(m.scale, BRANCH, N_NORMS, D), (x, rstd, normed_dot, along)
 
 
 @triton.jit
@@ -80,6 +84,7 @@ def _branch_down(
     u,
     a_ND,
     u_a,
+    hidden,
     m,
     sums,
     BRANCH: tl.constexpr,
@@ -104,16 +109,15 @@ def _branch_down(
         sigmoid = tl.sigmoid(h)
         slope = silu_slope(h, sigmoid)
         curvature = sigmoid * (1 - sigmoid) * (2 + h * (1 - 2 * sigmoid))
-        weight = dot(tl.trans(z_bar), h * sigmoid, weight, PRECISION)
-        weight = dot(tl.trans(z_dot_bar), u * slope, weight, PRECISION)
         bias += tl.sum(z_bar, 0)
-        s_dot_bar = linear_backward(z_dot_bar, m, BRANCH, D, PRECISION)
+        z_bar, z_dot_bar = factor(z_bar, PRECISION), factor(z_dot_bar, PRECISION)
+        weight = dot(tl.trans(z_bar), factor(h * sigmoid, PRECISION), weight, PRECISION)
+        weight = dot(tl.trans(z_dot_bar), factor(u * slope, PRECISION), weight, PRECISION)
+        s_dot_bar = linear_backward(z_dot_bar, hidden, D, PRECISION)
         first = s_dot_bar * slope
-        h_bar = linear_backward(z_bar, m, BRANCH, D, PRECISION) * slope + curvature * u * s_dot_bar
-    if m.a is not None:
-        angle = dot(tl.trans(h_bar), a_ND, angle, PRECISION)
-        if u_a is not None:
-            angle = dot(tl.trans(first), u_a, angle, PRECISION)
+        h_bar = linear_backward(z_bar, hidden, D, PRECISION) * slope + curvature * u * s_dot_bar
+    if m.a is not None and u_a is not None:
+        angle = dot(tl.trans(factor(first, PRECISION)), u_a, angle, PRECISION)
     return h_bar, (angle, weight, bias, scale, shift)
 
 
@@ -131,22 +135,23 @@ def _second_kernel(
     PRECISION: tl.constexpr,
 ):
     sums_core, sums_gate = no_sums(m, D), no_sums(m, D)
+    kept = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
         index, live = segments(m, tile, n_rows, BLOCK)
+        # fp32 takes twice the shared memory, so that weights are read for every tile
+        rows_core, rows_gate, hidden_core, hidden_gate = (
+            kept if PRECISION == "tf32" else weights(m, D, PRECISION)
+        )
         row = index[3]
         tables, directions = (m.p, m.q, m.r), (cotangents[0], cotangents[1], cotangents[2])
-        a_ND = read(m.a, row, live, D, D) if m.a is not None else None
-        u_a = read(cotangents[4], row, live, D, D) if cotangents[4] is not None else None
-        h_core = gathered(tables, a_ND, m, index, live, 0, D, PRECISION)
-        u_core = gathered(directions, u_a, m, index, live, 0, D, PRECISION)
-        x_core, rstd_core, n_core, normed_core, along_core, n_dot_core = _tangent(
-            h_core, u_core, m, 0, N_NORMS, D, PRECISION
-        )
-        h_gate = gathered(tables, a_ND, m, index, live, 1, D, PRECISION)
-        u_gate = gathered(directions, u_a, m, index, live, 1, D, PRECISION)
-        x_gate, rstd_gate, n_gate, normed_gate, along_gate, n_dot_gate = _tangent(
-            h_gate, u_gate, m, 1, N_NORMS, D, PRECISION
-        )
+        a_ND = factor(read(m.a, row, live, D, D), PRECISION) if m.a is not None else None
+        u_a = factor(read(cotangents[4], row, live, D, D), PRECISION) if cotangents[4] is not None else None
+        h_core = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
+        u_core = gathered(directions, u_a, rows_core, index, live, 0, D, PRECISION)
+        n_core, n_dot_core, state_core = _branch_up(h_core, u_core, hidden_core, m, 0, N_NORMS, D, PRECISION)
+        h_gate = gathered(tables, a_ND, rows_gate, index, live, 1, D, PRECISION)
+        u_gate = gathered(directions, u_a, rows_gate, index, live, 1, D, PRECISION)
+        n_gate, n_dot_gate, state_gate = _branch_up(h_gate, u_gate, hidden_gate, m, 1, N_NORMS, D, PRECISION)
         message, m_dot, by_core, by_gate, n_bar_core, n_bar_gate = _second_of_gate(
             n_core, n_gate, n_dot_core, n_dot_gate
         )
@@ -166,41 +171,23 @@ def _second_kernel(
             n_bar_core += by_core * g * u_w
             n_bar_gate += by_gate * g * u_w
         write(found.tangent, row, live, tangent, D, D)
+        # fmt: off
         h_bar_core, sums_core = _branch_down(
-            n_bar_core,
-            by_core * weighted,
-            (x_core, rstd_core, normed_core, along_core),
-            h_core,
-            u_core,
-            a_ND,
-            u_a,
-            m,
-            sums_core,
-            0,
-            N_NORMS,
-            D,
-            PRECISION,
+            n_bar_core, by_core * weighted, state_core, h_core, u_core, a_ND, u_a, hidden_core, m, sums_core,
+            0, N_NORMS, D, PRECISION,
         )
         write(found.h, row, live, h_bar_core, 2 * D, D)
         h_bar_gate, sums_gate = _branch_down(
-            n_bar_gate,
-            by_gate * weighted,
-            (x_gate, rstd_gate, normed_gate, along_gate),
-            h_gate,
-            u_gate,
-            a_ND,
-            u_a,
-            m,
-            sums_gate,
-            1,
-            N_NORMS,
-            D,
-            PRECISION,
+            n_bar_gate, by_gate * weighted, state_gate, h_gate, u_gate, a_ND, u_a, hidden_gate, m, sums_gate,
+            1, N_NORMS, D, PRECISION,
         )
+        # fmt: on
         write(found.h + D, row, live, h_bar_gate, 2 * D, D)
         if m.a is not None:
-            a_bar = dot(h_bar_core, matrix(m.angle_weight, D), zeros(BLOCK, D), PRECISION)
-            a_bar = dot(h_bar_gate, matrix(m.angle_weight + D * D, D), a_bar, PRECISION)
+            a_bar, sums_core = rows_backward(
+                h_bar_core, zeros(BLOCK, D), a_ND, rows_core, sums_core, True, PRECISION
+            )
+            a_bar, sums_gate = rows_backward(h_bar_gate, a_bar, a_ND, rows_gate, sums_gate, True, PRECISION)
             write(found.a, row, live, a_bar, D, D)
     if found.parameters is not None:
         out = found.parameters + tl.program_id(0) * N_PARAMETER_ROWS * D
@@ -213,11 +200,13 @@ def backward_backward(
     if not fits(inputs):
         return _message_torch.backward_backward(cotangents, grad, *inputs)
     launch = Launch(inputs)
-    found = launch.gradients(SECOND, with_parameters=True, with_tangent=True)
+    # eight matrices and all sums leave room for a smaller tile
+    tile = SECOND if launch.m.a is None or launch.m.weight is None else SECOND_OF_BONDS
+    found = launch.gradients(tile, with_parameters=True, with_tangent=True)
     directions: tuple[Any, ...] = tuple(None if u is None else u.contiguous() for u in cotangents)
     launch.run(
         _second_kernel,
-        SECOND,
+        tile,
         directions,
         grad.contiguous(),
         launch.kernel_inputs(),

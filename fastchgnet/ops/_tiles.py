@@ -15,30 +15,33 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def factor(x, PRECISION: tl.constexpr):
-    """Round a factor of a product to what the matrix units read, or leave it as it is.
-
-    They ignore the last 13 bits. Cutting these off shifts energies by 3 meV/atom, rounding by 0.1.
-    """
-    # Impure, so that the compiler computes x once: it would move what leads to x behind the change to the
-    # layout of factors, in which up to four warps hold and compute the same row.
+def rounded(x, PURE: tl.constexpr, PRECISION: tl.constexpr):
+    # The matrix units ignore the last 13 bits. Cutting them off shifts energies by 3 meV/atom, rounding
+    # by 0.1.
     if INTERPRETED:
         if PRECISION == "tf32":
             bits = x.to(tl.int32, bitcast=True)
             x = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         return x
-    elif PRECISION == "tf32":
-        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, False, 1)
     else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.float32, False, 1)
+        HOW: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;" if PRECISION == "tf32" else "mov.b32 $0, $1;"
+        return tl.inline_asm_elementwise(HOW, "=r,r", [x], tl.float32, PURE, 1)
+
+
+@triton.jit
+def factor(x, PRECISION: tl.constexpr):
+    """Round a tile that is a factor to what the matrix units read, or leave it as it is."""
+    # Impure, so that the compiler computes x once: it would move what leads to x behind the change to the
+    # layout of factors, in which up to four warps hold and compute the same row.
+    return rounded(x, False, PRECISION)
 
 
 @triton.jit
 def dot(x, y, total, PRECISION: tl.constexpr):
-    """Add x y to a total."""
+    """Add x y to a total, of factors rounded already."""
     # three products of what tf32 keeps and what it drops are as exact as fp32
     HOW: tl.constexpr = "tf32" if PRECISION == "tf32" else "tf32x3"
-    return tl.dot(factor(x, PRECISION), factor(y, PRECISION), total, input_precision=HOW)
+    return tl.dot(x, y, total, input_precision=HOW)
 
 
 @triton.jit
@@ -62,15 +65,17 @@ def write(table, row, live, values, WIDTH: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def matrix(weight, D: tl.constexpr):
-    """Read a matrix [D, D]."""
-    return tl.load(weight + tl.arange(0, D)[:, None] * D + tl.arange(0, D)[None, :])
+def matrix(weight, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Read a matrix [D, D] as a factor."""
+    at = tl.arange(0, D)[:, None] * D + tl.arange(0, D)[None, :]
+    return rounded(tl.load(weight + at), True, PRECISION)
 
 
 @triton.jit
-def transposed(weight, D: tl.constexpr):
-    """Read the transpose of a matrix [D, D]."""
-    return tl.load(weight + tl.arange(0, D)[None, :] * D + tl.arange(0, D)[:, None])
+def transposed(weight, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Read the transpose of a matrix [D, D] as a factor."""
+    at = tl.arange(0, D)[None, :] * D + tl.arange(0, D)[:, None]
+    return rounded(tl.load(weight + at), True, PRECISION)
 
 
 @triton.jit
