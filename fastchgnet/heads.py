@@ -48,11 +48,6 @@ def forces_and_stress(
     return forces.to(arm_U3.dtype), stress.to(arm_U3.dtype)
 
 
-def virial_stress(bond_vector: Tensor, pair_force_U3: Tensor, batch: Batch) -> Tensor:
-    """Stress 1/V sum r (x) f over bonds, [S, 3, 3] eV/A^3; NaN unless periodic in three directions."""
-    return forces_and_stress(pair_force_U3, bond_vector, pair_force_U3, batch)[1]
-
-
 class PairHeads(nn.Module):
     """F_i = sum_j n_ij r^_ij and stress = 1/V sum_ij m_ij r^_ij (x) r^_ij with scalars symmetric in i and j.
 

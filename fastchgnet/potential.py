@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastchgnet.config import ModelConfig, Provenance
 from fastchgnet.graph import Batch, Output, Systems
-from fastchgnet.heads import PairHeads, PaperHeads, pair_forces, virial_stress
+from fastchgnet.heads import PairHeads, PaperHeads, forces_and_stress
 from fastchgnet.model import CHGNet, Features
 from fastchgnet.neighbors import build_graph
 from fastchgnet.ops._register import feature_derivatives
@@ -91,8 +91,7 @@ class Potential(nn.Module):
                 (pair_force,) = torch.autograd.grad(
                     features.site_energy.sum(), vector, create_graph=self.training
                 )
-            forces = pair_forces(pair_force, batch)
-            stress = virial_stress(vector, pair_force, batch)
+            forces, stress = forces_and_stress(pair_force, vector, pair_force, batch)
             output = self._output(batch, features, forces, stress)
         return output if self.training else Output(*(tensor.detach() for tensor in output))
 
