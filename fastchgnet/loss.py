@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Batch, Labels, Output
-from fastchgnet.units import GPA
+from fastchgnet.ops.huber import huber_sums
 
 TARGETS = ("energy", "forces", "stress", "magmoms")
 """The order of every tensor of four below."""
@@ -89,18 +89,18 @@ def tally(output: Output, labels: Labels, batch: Batch, delta: float = 0.1) -> T
         batch: the graphs the predictions belong to.
         delta: error from which the loss grows linearly, in the unit of each target.
     """
-    pairs = (
-        (output.energy / batch.n_atoms, labels.energy / batch.n_atoms),
-        (output.forces, labels.forces),
-        (output.stress / GPA, labels.stress / GPA),
-        (output.magmoms.abs(), labels.magmoms.abs()),
-    )
-    present = _present(labels, batch)
-    sums = [
-        _sums(predicted, label, known, delta)
-        for (predicted, label), known in zip(pairs, present, strict=True)
-    ]
-    return Tally(*(torch.stack(column) for column in zip(*sums, strict=True)))
+    huber, absolute, count = huber_sums(output, labels, batch, delta).unbind()
+    return Tally(huber, absolute.detach(), count.detach().long())
+
+
+def coefficients(count: Tensor, weights: Tensor) -> Tensor:
+    """Return dL / d(sum of h) of each target, [4].
+
+    Args:
+        count: [4] labels of the whole batch.
+        weights: [4] one per target, on the same device.
+    """
+    return weights / count.clamp(min=1)
 
 
 def total_loss(huber: Tensor, count: Tensor, weights: tuple[float, ...]) -> Tensor:
@@ -111,30 +111,6 @@ def total_loss(huber: Tensor, count: Tensor, weights: tuple[float, ...]) -> Tens
         count: [4] labels of the whole batch.
         weights: one per target, in the order of TARGETS.
     """
-    means = (huber / count.clamp(min=1)).unbind()
     # A tensor of the weights would be copied to the device, and the host would wait for that.
+    means = (huber / count.clamp(min=1)).unbind()
     return torch.stack([weight * mean for weight, mean in zip(weights, means, strict=True)]).sum()
-
-
-def label_counts(labels: Labels, batch: Batch) -> Tensor:
-    """Count the labels present, [4]: `tally(...).count` without a prediction."""
-    return torch.stack([known.sum() for known in _present(labels, batch)])
-
-
-def _present(labels: Labels, batch: Batch) -> tuple[Tensor, ...]:
-    """Tell which labels are present, in the order of TARGETS."""
-    has_stress = torch.isfinite(batch.volume)[:, None, None]
-    energy, forces, stress, magmoms = (
-        ~torch.isnan(label) for label in (labels.energy, labels.forces, labels.stress, labels.magmoms)
-    )
-    return energy, forces, stress & has_stress, magmoms
-
-
-def _sums(predicted: Tensor, label: Tensor, present: Tensor, delta: float) -> tuple[Tensor, Tensor, Tensor]:
-    difference = predicted.double() - label.double()
-    # Selecting before the loss keeps NaN out of the backward pass too, where 0 * NaN would be NaN.
-    difference = torch.where(present, difference, 0.0)
-    huber = torch.nn.functional.huber_loss(
-        difference, torch.zeros_like(difference), reduction="sum", delta=delta
-    )
-    return huber, difference.detach().abs().sum(), present.sum()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastchgnet.config import OptimConfig
+from fastchgnet.ops import _triton
 
 BETA_MEAN = 0.9
 BETA_SQUARE = 0.999
@@ -93,19 +94,38 @@ class Optimizer:
             sizes: `step_sizes` of this step, [3], on the device and in the precision of the weights.
         """
         norm = torch.linalg.vector_norm(self.gradient)
-        if self.clip_norm is not None:
-            self.gradient.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        size, variance, average = sizes.unbind()
-        self.mean.lerp_(self.gradient, 1 - BETA_MEAN)
-        self.square.mul_(BETA_SQUARE).addcmul_(self.gradient, self.gradient, value=1 - BETA_SQUARE)
-        root = self.square.sqrt().mul_(variance).add_(EPS)
-        self.weights.sub_((self.mean / root).mul_(size))
-        self.average.lerp_(self.weights, average)
+        move = _move_on_gpu if self.weights.is_cuda else _move
+        buffers = self.gradient, self.weights, self.average, self.mean, self.square
+        move(*buffers, norm, sizes, self.clip_norm)
         return norm
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on beside the weights."""
         return {"mean": self.mean, "square": self.square}
+
+
+def _move(
+    gradient: Tensor,
+    weights: Tensor,
+    average: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    norm: Tensor,
+    sizes: Tensor,
+    clip_norm: float | None,
+) -> None:
+    """Clip a gradient that has this norm, and change the other buffers as `step_sizes` says."""
+    if clip_norm is not None:
+        gradient = gradient * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    size, variance, follow = sizes.unbind()
+    mean.lerp_(gradient, 1 - BETA_MEAN)
+    square.mul_(BETA_SQUARE).addcmul_(gradient, gradient, value=1 - BETA_SQUARE)
+    root = square.sqrt().mul_(variance).add_(EPS)
+    weights.sub_((mean / root).mul_(size))
+    average.lerp_(weights, follow)
+
+
+_move_on_gpu = _triton.body("_adam_triton", "move", _move)
 
 
 def _places(parameters: Sequence[Tensor]) -> list[int]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastchgnet.config import LossConfig
 from fastchgnet.errors import InputError
-from fastchgnet.loss import empty_tally, label_counts, tally, total_loss
+from fastchgnet.loss import coefficients, empty_tally, tally
+from fastchgnet.ops.huber import label_counts
 from fastchgnet.potential import Potential
 from fastchgnet.train.optim import Optimizer
 from fastchgnet.train.record import Record, Recorder
@@ -35,6 +36,7 @@ class Step:
     def __init__(self, potential: Potential, optimizer: Optimizer, config: LossConfig) -> None:
         self.potential, self.optimizer, self.config = potential, optimizer, config
         self.sums = empty_tally(potential.device)
+        self.weights = torch.tensor(config.weights, dtype=torch.float64, device=potential.device)
 
     def __call__(self, parts: Sequence[Made], sizes: Tensor) -> Tensor:
         """Take one step on a batch.
@@ -46,17 +48,20 @@ class Step:
         Returns:
             Two numbers: one that is finite unless something went wrong, and whether all graphs fitted.
         """
-        # These are the counts of the whole batch: processes that share one would add them up here, and
-        # their gradients below.
-        count = torch.stack([label_counts(part.labels, part.batch) for part in parts]).sum(0)
         losses = []
+        counts = [label_counts(part.labels, part.batch) for part in parts if len(parts) > 1]
         for number, part in enumerate(parts):
             sums = tally(self.potential(part.batch), part.labels, part.batch, self.config.delta)
-            loss = total_loss(sums.huber, count, self.config.weights)
-            gradients = torch.autograd.grad(loss, self.optimizer.parameters, materialize_grads=True)
+            # These are the counts of the whole batch: processes that share one would add them up here, and
+            # their gradients below.
+            count = torch.stack(counts).sum(0) if counts else sums.count
+            by_sums = coefficients(count, self.weights)
+            gradients = torch.autograd.grad(
+                sums.huber, self.optimizer.parameters, by_sums, materialize_grads=True
+            )
             self.optimizer.take(gradients, add=number > 0)
             self.sums.add_(sums)
-            losses.append(loss.detach())
+            losses.append((sums.huber.detach() * by_sums).sum())
         norm = self.optimizer.update(sizes)
         fits = torch.stack([part.fits for part in parts]).all()
         return torch.stack([torch.stack(losses).sum() + norm.double(), fits.double()])
