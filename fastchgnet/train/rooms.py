@@ -61,7 +61,7 @@ class Rooms:
     def __init__(self, sizes: NDArray[np.int64], batches: Sequence[NDArray[np.int64]]) -> None:
         self._sizes, self._batches = sizes, batches
         needs = np.array([self._needs(batch) for batch in batches])
-        load = (needs / needs.mean(0)).max(1)
+        load = (needs / needs.mean(0).clip(1)).max(1)  # a set may have no angles
         self.rooms: Sequence[Room] = sorted(
             {self._room(needs[load <= np.quantile(load, q)].max(0), q) for q in _QUANTILES},
             key=lambda room: room.capacity.bonds + room.capacity.angles,
