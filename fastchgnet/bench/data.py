@@ -9,8 +9,8 @@ from fastchgnet.bench.session import Session
 
 NOTE = (
     "`gather` reads the frames of a batch from a store on disk that has been read before, `ours` builds "
-    "their graphs, `step` trains on them; chgnet converts them from pymatgen Structures, which its trainer "
-    "does once per frame and ours in every step, one step ahead."
+    "their graphs on the device, `step` trains on them; chgnet converts them from pymatgen Structures, on "
+    "the CPU and once per frame, ours in every step."
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from fastchgnet.bench import ours, reference
 from fastchgnet.bench.frames import Workload
 from fastchgnet.bench.rows import Row
@@ -11,8 +13,8 @@ from fastchgnet.neighbors import systems_from_atoms
 
 NOTE = (
     "Graphs of one batch. `ours` starts from ASE atoms and builds one batch, `ours_one_by_one` a batch per "
-    "crystal, `ours_from_arrays` starts from the arrays a store yields, as a training step does; chgnet "
-    "converts pymatgen Structures one by one, as it always does, on the CPU."
+    "crystal, `ours_from_arrays` starts from the arrays that a store yields; on a GPU `ours_on_device` is "
+    "what a training step does there. chgnet converts pymatgen Structures one by one, on the CPU."
 )
 
 
@@ -28,7 +30,11 @@ def row(session: Session, workload: Workload, readout: str) -> Row:
     }
     if session.options.chgnet:
         arms["chgnet"] = reference.conversion(workload)
-    samples = session.time(found, arms)
+    with contextlib.ExitStack() as stack:
+        if session.device.type == "cuda":
+            training = stack.enter_context(ours.training(workload, readout, session.device))
+            arms["ours_on_device"] = training.build
+        samples = session.time(found, arms)
     if "chgnet" in samples:
         single = ratios(samples["ours_one_by_one"], samples["chgnet"])
         found |= {f"{name}_one_by_one": value for name, value in single.items()}

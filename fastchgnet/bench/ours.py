@@ -28,10 +28,10 @@ from fastchgnet.train.setup import Frames, reproducible
 class Training(NamedTuple):
     """What one optimiser step of our trainer consists of."""
 
-    step: Work  # graphs built beforehand
-    step_with_graphs: Work  # frames gathered from the store and graphs built in the step
+    step: Work  # of a batch that has been prepared: with its graphs on a CPU, as raw frames on a GPU
+    step_with_graphs: Work  # the batch is prepared first, from frames in the store
     gather: Work  # frames from the store
-    build: Work  # graphs of gathered frames
+    build: Work  # graphs of gathered frames, by the device
 
 
 @contextlib.contextmanager
@@ -59,24 +59,31 @@ def training(workload: Workload, readout: str, device: torch.device) -> Iterator
         log.disabled = False
         trainer.potential.train()
         positions = np.arange(n_frames)
-        (item,) = trainer.load(frames, [positions])
+        (prepared,) = trainer.load(frames, [positions])
         systems, _ = frames.gather(positions)
 
         def step() -> None:
             # The trainer's own settings, entered for this call alone: they are not for the other arm.
             with reproducible(device):
-                trainer.step(item)
+                trainer.step(prepared)
 
         def step_with_graphs() -> None:
             with reproducible(device):
                 (fresh,) = trainer.load(frames, [positions])
                 trainer.step(fresh)
 
+        def build() -> None:
+            if device.type == "cuda":
+                (item,) = prepared.parts
+                trainer.take_step.source.make(item.tensors, item.room)
+            else:
+                trainer.potential.build_graph(systems)
+
         yield Training(
             step=step,
             step_with_graphs=step_with_graphs,
             gather=lambda: frames.gather(positions),
-            build=lambda: trainer.potential.build_graph(systems),
+            build=build,
         )
 
 

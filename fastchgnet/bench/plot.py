@@ -10,6 +10,7 @@ from fastchgnet.bench.rows import Row, read
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 from fastchgnet.plots import COLORS, INK, new_figure, png, require_matplotlib, style
+from fastchgnet.published import CHGNET_VERSION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ TITLES = {
     ("infer", "conservative"): "Inference, conservative",
     ("infer", "direct"): "Inference, direct",
 }
-BASELINE = "chgnet 0.4.2"
+BASELINE = f"chgnet {CHGNET_VERSION}"
 
 
 def draw(source: Path, out: Path) -> None:
@@ -34,8 +35,8 @@ def draw(source: Path, out: Path) -> None:
     rows = [row for row in read(source) if (row["command"], row["readout"]) in TITLES]
     if not rows:
         raise InputError(f"{source}: no rows of training or inference")
-    if len({row["environment"]["device"] for row in rows}) > 1:
-        raise InputError(f"{source}: rows of several devices; keep one file for each")
+    if len({(row["environment"]["device"], row["environment"]["threads"]) for row in rows}) > 1:
+        raise InputError(f"{source}: rows of several devices or numbers of threads; keep one file for each")
     write_atomically(out, png(figure(rows)))
 
 
@@ -60,7 +61,7 @@ def _panel(axes: Axes, rows: Sequence[Row], title: str) -> None:
         of_size = {row["label"] or "no label": row for row in rows if row["batch"]["systems"] == size}
         offset = (place - (len(sizes) - 1) / 2) * width
         theirs = [row["chgnet"]["systems_per_second"] for row in of_size.values() if "chgnet" in row]
-        heights = {0: (theirs[-1], "1")} if theirs else {}
+        heights = {0: (theirs[-1], "1x")} if theirs else {}
         for step, label in enumerate(labels, start=1):
             if label in of_size:
                 row = of_size[label]

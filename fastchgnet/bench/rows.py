@@ -64,9 +64,9 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Show rows to a reader: medians, ratios and counts, an arm that was not run as a dash; then details."""
     times = ("run", "systems", "ours ms", "chgnet ms", "ratio", "ratio CPU s", "systems/s", "roofline")
-    counts = ("ops, ours", "ops, chgnet", "MB, ours", "MB, chgnet")
+    counts = ("ops, ours", "ops, chgnet", "MB, ours", "MB, chgnet", "others, cores", "commit")
     device = rows[0]["environment"]
-    title = f"{device['device']}, {device['threads']} threads, commit {device['commit']}"
+    title = f"{device['device']}, {device['threads']} threads"
     run = [_cells(row) for row in rows if "deviations" not in row]
     return [*([Table(title, (*times, *counts), run)] if run else []), *_details(rows)]
 
@@ -106,6 +106,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         _text(ours.get("roofline_fraction"), "{:.1%}"),
         *(_text(_executed(arm), "{:,}") for arm in (ours, chgnet)),
         *(_text(arm.get("peak_memory_mb"), "{:,.0f}") for arm in (ours, chgnet)),
+        _text(row.get("other_work_cores"), "{:.2f}"),
+        row["environment"]["commit"] or "—",
     )
 
 

@@ -9,9 +9,10 @@ from fastchgnet.bench.rows import Row
 from fastchgnet.bench.session import Session
 
 NOTE = (
-    "One step of each package's own trainer on one batch: forward, loss, backward, Adam. Graphs are built "
-    "beforehand for both, since chgnet's trainer keeps them; ours_with_graphs gathers the frames from a "
-    "store and builds the graphs in the step. Ours also clips the gradient and averages the weights."
+    "One step of each package's own trainer on one batch: forward, loss, backward, Adam. On a CPU graphs are "
+    "built beforehand for both, since chgnet's trainer keeps them, and ours_with_graphs gathers the frames "
+    "from a store and builds the graphs in the step; on a GPU every step of ours builds its graphs there, "
+    "chgnet's none. Ours also clips the gradient and averages the weights."
 )
 
 
