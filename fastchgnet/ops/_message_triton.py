@@ -213,23 +213,23 @@ def _parameters_kernel(
     shares,
     parameters,
     n_programs,
-    N_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
+    SIZES: tl.constexpr,
+    N_ELEMENTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add up one row of the parameters' gradients over programs."""
-    row = tl.program_id(0)
-    total = zeros(BLOCK, D)
-    for first in range(0, n_programs, BLOCK):
-        program = first + tl.arange(0, BLOCK)
-        total += read(shares + row * D, program, program < n_programs, N_ROWS * D, D)
+    """Add up a block of the parameters' gradients over programs."""
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = zeros(PROGRAMS, BLOCK)
+    for first in range(0, n_programs, PROGRAMS):
+        program = first + tl.arange(0, PROGRAMS)
+        mask = (program < n_programs)[:, None] & (element < N_ELEMENTS)[None, :]
+        total += tl.load(shares + program[:, None] * N_ELEMENTS + element[None, :], mask=mask, other=0.0)
     total = tl.sum(total, 0)
-    for t in tl.static_range(len(ROWS)):
+    for t in tl.static_range(len(SIZES)):
         if parameters[t] is not None:
-            inside = (row >= 0) & (row < ROWS[t]) & (tl.arange(0, D) < D)
-            tl.store(parameters[t] + row * D + tl.arange(0, D), total, mask=inside)
-            row -= ROWS[t]
+            tl.store(parameters[t] + element, total, mask=(element >= 0) & (element < SIZES[t]))
+            element -= SIZES[t]
 
 
 class Launch:
@@ -309,19 +309,19 @@ class Launch:
         if shares is None:
             return []
         found = tuple(None if t is None else torch.empty_like(t) for t in self.parameters)
-        n_programs, n_rows, d = shares.shape
+        n_elements = shares[0].numel()
         _triton.launch(
             _parameters_kernel,
-            n_rows,
+            triton.cdiv(n_elements, 128),
             shares.device,
             shares,
             found,
-            n_programs,
-            N_ROWS=n_rows,
-            ROWS=tuple(0 if t is None else t.numel() // d for t in found),
-            D=d,
-            BLOCK=32,
-            num_warps=2,
+            len(shares),
+            SIZES=tuple(0 if t is None else t.numel() for t in found),
+            N_ELEMENTS=n_elements,
+            PROGRAMS=32,
+            BLOCK=128,
+            num_warps=4,
         )
         return list(found)
 
