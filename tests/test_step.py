@@ -247,9 +247,9 @@ def test_rooms_hold_what_they_were_planned_for() -> None:
     batches = [batch for epoch in range(10) for batch in epoch_batches(300, 7, 0, epoch)]
     rooms = Rooms(sizes, batches)
     chosen = [rooms(batch) for batch in batches]
-    assert set(chosen) == set(rooms.rooms) and len(rooms.rooms) == 3
-    small, middle, large = (sum(room == one for room in chosen) for one in rooms.rooms)
-    assert small > middle > large > 0
+    assert set(chosen) == set(rooms.rooms) and 3 < len(rooms.rooms) <= 5
+    taken = [sum(room == one for room in chosen) / len(chosen) for one in rooms.rooms]
+    assert taken[0] >= 0.25 and taken[-1] <= 0.05 + 1 / len(chosen)
     assert rooms(np.arange(300)) is None
     half = rooms.halved()
     assert all(half(part) for batch in batches for part in np.array_split(batch, 2))

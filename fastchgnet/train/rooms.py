@@ -15,7 +15,7 @@ from fastchgnet.device_graph import count_candidates
 from fastchgnet.neighbors import graph_sizes
 from fastchgnet.padding import Capacity
 
-_QUANTILES = (0.5, 0.9, 1.0)
+_QUANTILES = (0.25, 0.5, 0.75, 0.95, 1.0)
 """Shares of the batches that rooms are made for: most steps shall not pay for the largest batch."""
 
 _MARGIN = 1.02
