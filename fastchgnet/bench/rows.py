@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -82,9 +83,12 @@ def _details(rows: Sequence[Row]) -> Iterator[Table]:
     """Rank the operators, and list the deviations, of the rows that have them."""
     for row in rows:
         if "deviations" in row:
-            pairs = zip(row["deviations"].items(), row["allowed"].values(), strict=True)
-            found = [(name, f"{value:.1e}", f"{limit:.0e}") for (name, value), limit in pairs]
-            yield Table(f"correctness, {row['readout']}", ("quantity", "off by", "allowed"), found)
+            allowed = {name: f"{limit:.0e}" for name, limit in row["allowed"].items()}
+            found = [
+                (name, f"{value:.1e}", allowed.get(name, "")) for name, value in row["deviations"].items()
+            ]
+            title = f"correctness, {row['readout']}, {row['precision']}"
+            yield Table(title, ("quantity", "off by", "allowed"), found)
         for arm in ("ours", "chgnet"):
             top = row.get(arm, {}).get("top", ())
             cells = [
@@ -142,6 +146,7 @@ def _device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@functools.cache
 def _commit() -> str | None:
     """Name the commit of this package; None where its files are not those of a repository."""
     here = Path(__file__).parents[1]

@@ -17,6 +17,7 @@ from fastchgnet.bench.frames import Composition, Pool, Workload
 from fastchgnet.bench.reference import require_chgnet
 from fastchgnet.bench.rows import Row, environment
 from fastchgnet.device import pick_device
+from fastchgnet.ops._triton import current_precision
 
 NOISE = 0.1
 """Cores that other processes may use; at their barriers, threads of ours spin while they wait for a core."""
@@ -81,7 +82,7 @@ class Session:
             "label": self.options.label,
             "note": note,
             "options": self.options.as_dict(),
-            "precision": "float32",
+            "precision": current_precision() if self.device.type == "cuda" else "fp32",
             "environment": environment(self.device),
             "synthetic_labels": {"of": workload.synthetic, "seed": self.options.seed},
             "batch": workload.composition._asdict(),
