@@ -21,18 +21,25 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 
-def _accept_numpy_2_4() -> None:
-    """Let loops end at a computed number: triton 3.6 turns arrays of one element into int, numpy no more."""
+def _mend() -> None:
+    """Work around what the interpreters of triton 3.6 and 3.7 do wrong, and compilers do right."""
+    from triton import language
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch, to_tensor = interpreter._patch_lang_tensor, TritonSemantic.to_tensor
 
+    # 3.6: a loop that ends at a computed number makes an int of an array, which numpy 2.4 refuses
     def patch_index_too(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = patch_index_too
+    # 3.7: a constant times a tensor is a constant that is a tensor, which functions refuse
+    def unwrap(self: Any, x: Any, *args: Any, **options: Any) -> Any:
+        return to_tensor(self, x.value if isinstance(x, language.constexpr) else x, *args, **options)
+
+    interpreter._patch_lang_tensor, TritonSemantic.to_tensor = patch_index_too, unwrap
 
 
 if DEVICE == "cpu":
-    _accept_numpy_2_4()
+    _mend()
