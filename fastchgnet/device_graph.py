@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastchgnet.graph import Batch, Systems, _Tensors
 from fastchgnet.neighbors import cell_volume, cross, pair_vector, squared_length
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.padding import Capacity, Counts, fill
 
 _SLACK = 1e-9
@@ -90,7 +90,7 @@ def build_graph(
     """
     if systems.position.is_cuda:
         plain = partial(_build_in_torch, n_candidates=n_candidates)
-        build = _triton.body("_neighbors_triton", "build_graph", plain, dtypes=(torch.float64,))
+        build = runtime.body("neighbors", "build_graph", plain, dtypes=(torch.float64,))
         return build(systems.position, systems, atom_cutoff, bond_cutoff, capacity)
     return _build_in_torch(systems.position, systems, atom_cutoff, bond_cutoff, capacity, n_candidates)
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Index
-from fastchgnet.ops import _message_torch, _native, message
+from fastchgnet.ops import _message_torch, message
 from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.cpu import native
 from fastchgnet.ops.message import MLP, Inputs, Rows, messages, reference
 
 D = 4
@@ -161,9 +162,9 @@ def test_what_does_not_exist_raises() -> None:
 def test_compiled_bodies_equal_those_in_pytorch(
     kind: str, n_threads: int, n_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if _native.library() is None:
+    if native.library() is None:
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(_native, "n_threads", lambda _: n_threads)
+    monkeypatch.setattr(native, "n_threads", lambda _: n_threads)
     given = arguments(kind, n_rows, torch.float32, width=16)
     inputs = flat(given)
     leaves, features = present(inputs), present(inputs[:5])
@@ -179,7 +180,7 @@ def test_compiled_bodies_equal_those_in_pytorch(
         return [output, *first, *second, *torch.autograd.grad(output, leaves, grad)]
 
     compiled = levels()
-    with _native.disabled():
+    with native.disabled():
         expected = levels()
     for ours, theirs in zip(compiled, expected, strict=True):
         # single precision: 700 rows in another order, each right to 1e-7 or so, relative to the largest

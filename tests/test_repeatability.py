@@ -11,7 +11,7 @@ from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Labels
 from fastchgnet.loss import tally, total_loss
 from fastchgnet.neighbors import systems_from_atoms
-from fastchgnet.ops import _native
+from fastchgnet.ops.cpu import native
 
 # several pieces of the PyTorch bodies and several threads of the compiled ones
 CRYSTALS = [atoms.repeat((2, 2, 2)) for atoms in crystals()]
@@ -45,10 +45,10 @@ def test_a_step_repeats_bit_for_bit(config: ModelConfig, device: str) -> None:
 
 @pytest.mark.parametrize("config", [CONSERVATIVE, PAIR, SMOOTH, OLD])
 def test_compiled_and_pytorch_bodies_train_alike(config: ModelConfig) -> None:
-    if _native.library() is None:
+    if native.library() is None:
         pytest.skip("no C++ compiler")
     compiled = loss_and_gradients(config)
-    with _native.disabled():
+    with native.disabled():
         expected = loss_and_gradients(config)
     torch.testing.assert_close(compiled[0], expected[0], rtol=1e-6, atol=0)
     for ours, theirs in zip(compiled[1:], expected[1:], strict=True):

@@ -15,16 +15,11 @@ from torch import Tensor
 from triton import jit
 from triton import language as tl
 
-from fastchgnet.ops import (
-    _angular_basis_triton,
-    _pair_forces_triton,
-    _radial_basis_triton,
-    angular_basis,
-    envelope,
-    pair_forces,
-    radial_basis,
-)
-from fastchgnet.ops._trigonometry_triton import angle, sine_and_cosine
+from fastchgnet.ops import angular_basis, envelope, pair_forces, radial_basis
+from fastchgnet.ops.gpu import angular_basis as gpu_angular_basis
+from fastchgnet.ops.gpu import pair_forces as gpu_pair_forces
+from fastchgnet.ops.gpu import radial_basis as gpu_radial_basis
+from fastchgnet.ops.gpu.trigonometry import angle, sine_and_cosine
 
 # float32 at phases of a hundred radians, whose sines err by 4e-6, and slopes of up to a hundred
 FLOAT32 = 1e-5
@@ -83,14 +78,14 @@ def test_radial_basis(n_rows: int, n_radial: int, p: int) -> None:
     torch.manual_seed(n_rows)
     distance = 0.5 + 6 * torch.rand(n_rows, 1)
     frequency = math.pi * torch.arange(1, n_radial + 1) * (1 + 0.01 * torch.randn(n_radial))
-    check(_radial_basis_triton, radial_basis, (distance, frequency, 6.0, p), distance, n_rows, n_radial)
+    check(gpu_radial_basis, radial_basis, (distance, frequency, 6.0, p), distance, n_rows, n_radial)
 
 
 def test_radial_basis_is_exactly_nothing_from_the_cutoff_on() -> None:
     distance = torch.tensor([[3.0], [3.001], [40.0]])
     given = moved((distance, math.pi * torch.arange(1.0, 32), 3.0, 8), torch.float32, DEVICE)
     drawn = moved((torch.randn(3, 31), torch.randn(3, 1)), torch.float32, DEVICE)
-    kernels = _radial_basis_triton
+    kernels = gpu_radial_basis
     for found in levels((kernels.forward, kernels.backward, kernels.backward_backward), given, drawn):
         assert (found == 0).all()
 
@@ -98,7 +93,7 @@ def test_radial_basis_is_exactly_nothing_from_the_cutoff_on() -> None:
 @pytest.mark.parametrize("n_rows", [0, 1, 300])
 def test_envelope(n_rows: int) -> None:
     distance = 7 * torch.rand(n_rows, 1)
-    found = _radial_basis_triton.envelope(distance.to(DEVICE), 6.0, 8).cpu()
+    found = gpu_radial_basis.envelope(distance.to(DEVICE), 6.0, 8).cpu()
     torch.testing.assert_close(found, envelope._forward(distance.double(), 6.0, 8).float(), rtol=0, atol=1e-6)
 
 
@@ -112,7 +107,7 @@ def test_angular_basis(kind: str, n_functions: int, n_edges: tuple[int, ...]) ->
     frequency = torch.arange(1, order + 1) * (1 + 0.02 * torch.randn(order)) if kind == "fourier" else None
     by_i, by_j = blocks(n_edges)
     given = (edge, frequency, by_i.segment, by_i.start, by_j.segment, by_j.order, n_functions)
-    check(_angular_basis_triton, angular_basis, given, edge, len(by_i.segment), n_functions)
+    check(gpu_angular_basis, angular_basis, given, edge, len(by_i.segment), n_functions)
 
 
 @pytest.mark.parametrize("kind", ["fourier", "chebyshev"])
@@ -122,7 +117,7 @@ def test_exactly_straight_angles_pull_exactly_along_nothing(kind: str) -> None:
     frequency = torch.arange(1.0, 16) if kind == "fourier" else None
     given = (torch.cat([half, -half]), frequency, by_i.segment, by_i.start, by_j.segment, by_j.order, 31)
     grad = torch.linspace(1, 2, 62).view(2, 31).to(DEVICE)
-    (found, _) = _angular_basis_triton.backward(False, grad, *moved(given, torch.float32, DEVICE))
+    (found, _) = gpu_angular_basis.backward(False, grad, *moved(given, torch.float32, DEVICE))
     assert (found == 0).all()
 
 
@@ -130,9 +125,9 @@ def test_exactly_straight_angles_pull_exactly_along_nothing(kind: str) -> None:
 def test_pair_forces(n_bonds: int) -> None:
     given = tuple(t.detach() for t in pair_arguments(n_bonds, torch.float32))
     here = moved(given, torch.float32, DEVICE)
-    torch.testing.assert_close(_pair_forces_triton.forward(*here).cpu(), pair_forces._forward(*given))
+    torch.testing.assert_close(gpu_pair_forces.forward(*here).cpu(), pair_forces._forward(*given))
     grad = torch.randn(4, 12, dtype=torch.float64)
-    found = _pair_forces_triton.backward(*here[1:3], grad.to(DEVICE), *here[3:5])
+    found = gpu_pair_forces.backward(*here[1:3], grad.to(DEVICE), *here[3:5])
     expected = pair_forces._backward(*given[1:3], grad, *given[3:5])
     torch.testing.assert_close(tuple(t.cpu() for t in found), expected)
 

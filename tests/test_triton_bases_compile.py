@@ -88,30 +88,33 @@ def main() -> None:
     """Print what each kernel that the bodies launch takes on each GPU."""
     import torch
 
-    from fastchgnet.ops import _angular_basis_triton, _pair_forces_triton, _radial_basis_triton, _triton
+    from fastchgnet.ops.gpu import angular_basis as gpu_angular_basis
+    from fastchgnet.ops.gpu import pair_forces as gpu_pair_forces
+    from fastchgnet.ops.gpu import radial_basis as gpu_radial_basis
+    from fastchgnet.ops.gpu import runtime
 
     found = []
 
     def launch(kernel: Any, grid: int, device: torch.device, *args: Any, **options: Any) -> None:
         found.extend(_compiled(kernel, args, options, capability) for capability in (80, 90))
 
-    _triton.launch = launch
+    runtime.launch = launch
     vector, distance, grad = torch.zeros(8, 3), torch.zeros(8, 1), torch.zeros(8, 31)
     index, sign = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int8)
     given: tuple[Any, ...] = (distance, torch.zeros(31), 6.0, 8)
-    _radial_basis_triton.envelope(distance, 6.0, 8)
-    _radial_basis_triton.forward(*given)
+    gpu_radial_basis.envelope(distance, 6.0, 8)
+    gpu_radial_basis.forward(*given)
     for with_parameters in (False, True):
-        _radial_basis_triton.backward(with_parameters, grad, *given)
-    _radial_basis_triton.backward_backward((distance,), grad, *given)
+        gpu_radial_basis.backward(with_parameters, grad, *given)
+    gpu_radial_basis.backward_backward((distance,), grad, *given)
     for frequency in (torch.zeros(15), None):
         given = (vector, frequency, index, index, index, index, 31)
-        _angular_basis_triton.forward(*given)
+        gpu_angular_basis.forward(*given)
         for with_parameters in (False, True):
-            _angular_basis_triton.backward(with_parameters, grad, *given)
-        _angular_basis_triton.backward_backward((vector,), grad, *given)
-    _pair_forces_triton.forward(vector, vector, vector, index, index, index, sign, index)
-    _pair_forces_triton.backward(vector, vector, torch.zeros(8, 12, dtype=torch.float64), index, index)
+            gpu_angular_basis.backward(with_parameters, grad, *given)
+        gpu_angular_basis.backward_backward((vector,), grad, *given)
+    gpu_pair_forces.forward(vector, vector, vector, index, index, index, sign, index)
+    gpu_pair_forces.backward(vector, vector, torch.zeros(8, 12, dtype=torch.float64), index, index)
     print(json.dumps(found))
 
 

@@ -85,7 +85,9 @@ def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from fastchgnet.ops import _message_triton, _message_triton_second, _segments_triton, _triton
+    from fastchgnet.ops.gpu import message as gpu_message
+    from fastchgnet.ops.gpu import message_second, runtime
+    from fastchgnet.ops.gpu import segments as gpu_segments
 
     class NoDriver:
         capability = 0
@@ -109,7 +111,7 @@ def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -
             known.add(made.hash)
             found.append({"name": kernel.__name__, **case, **_resources(made)})
 
-    _triton.launch = compile_only
+    runtime.launch = compile_only
     driver.set_active(NoDriver())
     for kind in kinds:
         inputs = [None if t is None else t.detach() for t in flat(arguments(kind, 130, torch.float32, 64))]
@@ -117,14 +119,14 @@ def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -
         for precision in precisions:
             for NoDriver.capability in capabilities:
                 case = {"kind": kind, "precision": precision, "capability": NoDriver.capability}
-                with _triton.precision(precision):
-                    _message_triton.forward(*inputs)
+                with runtime.precision(precision):
+                    gpu_message.forward(*inputs)
                     for with_parameters in (False, True):
-                        _message_triton.backward(with_parameters, grad, *inputs)
-                    _message_triton_second.backward_backward(tuple(inputs[:5]), grad, *inputs)
+                        gpu_message.backward(with_parameters, grad, *inputs)
+                    message_second.backward_backward(tuple(inputs[:5]), grad, *inputs)
                 for width in (1, 3, 9):
                     rows = torch.zeros(130, width, dtype=torch.float64)
-                    _segments_triton.segment_sum(rows, *inputs[13:16])
+                    gpu_segments.segment_sum(rows, *inputs[13:16])
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module: Any = types.ModuleType("fastchgnet.ops._kernels")
     module.double = lambda x: ("kernel", 2 * x)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(_triton, "_given_up", set())
-    _triton._usable_gpu.cache_clear()
+    monkeypatch.setattr(runtime, "_given_up", set())
+    runtime._usable_gpu.cache_clear()
     return module
 
 
@@ -29,7 +29,7 @@ def double(x: torch.Tensor) -> tuple[str, torch.Tensor]:
 
 
 def test_kernels_take_their_types_alone(kernels: types.ModuleType) -> None:
-    body = _triton.body("_kernels", "double", double)
+    body = runtime.body("_kernels", "double", double)
     assert body(torch.ones(1))[0] == "kernel"
     assert body(torch.ones(1, dtype=torch.float64))[0] == "pytorch"
 
@@ -39,10 +39,10 @@ def test_a_kernel_that_does_not_compile_is_told_of_once(kernels: Any) -> None:
 
     def broken(x: torch.Tensor) -> None:
         calls.append(x)
-        raise _triton.KernelFailure("double does not compile or start: no such instruction")
+        raise runtime.KernelFailure("double does not compile or start: no such instruction")
 
     kernels.double = broken
-    body = _triton.body("_kernels", "double", double)
+    body = runtime.body("_kernels", "double", double)
     with pytest.warns(RuntimeWarning, match="several times slower: double does not compile.*instruction"):
         assert body(torch.ones(1))[0] == "pytorch"
     with warnings.catch_warnings():
@@ -57,7 +57,7 @@ def test_other_errors_are_not_hidden(kernels: Any) -> None:
 
     kernels.double = exhausted
     with pytest.raises(torch.OutOfMemoryError):
-        _triton.body("_kernels", "double", double)(torch.ones(1))
+        runtime.body("_kernels", "double", double)(torch.ones(1))
 
 
 @pytest.mark.parametrize(
@@ -77,20 +77,20 @@ def test_what_a_gpu_lacks_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: "here" if installed else None)
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: "here" if installed else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
     with pytest.warns(RuntimeWarning, match=said):
-        assert not _triton._usable(torch.device("cuda:0"))
+        assert not runtime._usable(torch.device("cuda:0"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not _triton._usable(torch.device("cuda:0"))
-    _triton._usable_gpu.cache_clear()
+        assert not runtime._usable(torch.device("cuda:0"))
+    runtime._usable_gpu.cache_clear()
 
 
 def test_precision_holds_inside_alone() -> None:
-    assert _triton.current_precision() == "tf32"
-    with pytest.raises(ZeroDivisionError), _triton.precision("fp32"):
-        assert _triton.current_precision() == "fp32"
+    assert runtime.current_precision() == "tf32"
+    with pytest.raises(ZeroDivisionError), runtime.precision("fp32"):
+        assert runtime.current_precision() == "fp32"
         _ = 1 / 0
-    assert _triton.current_precision() == "tf32"
+    assert runtime.current_precision() == "tf32"

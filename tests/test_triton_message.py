@@ -12,12 +12,14 @@ from interpreted import DEVICE
 from test_ops_message import KINDS, arguments, flat, index
 from torch import Tensor
 
-from fastchgnet.ops import _message_torch, _message_triton, _triton, message
+from fastchgnet.ops import _message_torch, message
 from fastchgnet.ops._message_inputs import Inputs
-from fastchgnet.ops._message_triton_second import backward_backward
+from fastchgnet.ops.gpu import message as gpu_message
+from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.gpu.message_second import backward_backward
 
 WIDTH = 16
-BODIES = (_message_triton.forward, _message_triton.backward, backward_backward)
+BODIES = (gpu_message.forward, gpu_message.backward, backward_backward)
 PYTORCH = (_message_torch.forward, _message_torch.backward, _message_torch.backward_backward)
 
 # Relative to the largest element, against float64: norms divide by the spread of sixteen numbers, and the
@@ -116,7 +118,7 @@ def assert_equal(inputs: list[Tensor | None], tolerance: float, given: tuple[boo
     ],
 )
 def test_all_levels_are_those_of_pytorch(kind: str, n_rows: int) -> None:
-    with _triton.precision("fp32"):
+    with runtime.precision("fp32"):
         assert_equal(inputs_of(kind, n_rows), FP32)
 
 
@@ -124,8 +126,8 @@ def test_all_levels_are_those_of_pytorch(kind: str, n_rows: int) -> None:
 def test_parameters_may_be_left_out(kind: str) -> None:
     inputs = inputs_of(kind, 65)
     grad, _ = drawn(inputs, ALL)
-    with _triton.precision("fp32"):
-        found, whole = (_message_triton.backward(with_them, grad, *inputs) for with_them in (False, True))
+    with runtime.precision("fp32"):
+        found, whole = (gpu_message.backward(with_them, grad, *inputs) for with_them in (False, True))
     # other code, and sums in another order
     torch.testing.assert_close(found, whole[:5], rtol=1e-5, atol=1e-5)
 
@@ -133,14 +135,14 @@ def test_parameters_may_be_left_out(kind: str) -> None:
 @pytest.mark.parametrize("given", SOME)
 @pytest.mark.parametrize("kind", ["bond", "angle"])
 def test_cotangents_may_be_missing(kind: str, given: tuple[bool, ...]) -> None:
-    with _triton.precision("fp32"):
+    with runtime.precision("fp32"):
         assert_equal(inputs_of(kind, 65), FP32, given)
 
 
 @pytest.mark.parametrize("layout", [one_segment, sparse])
 @pytest.mark.parametrize("kind", ["bond", "angle"])
 def test_uneven_segments(kind: str, layout: Any) -> None:
-    with _triton.precision("fp32"):
+    with runtime.precision("fp32"):
         assert_equal(layout(inputs_of(kind, 65)), FP32)
 
 
@@ -149,7 +151,7 @@ def test_an_index_whose_transpose_lists_rows_twice_or_never() -> None:
     either, start, order = (t.to(DEVICE) for t in index(torch.cat([m.j, m.j]).cpu() % 3, 3, is_sorted=False))
     never = torch.zeros(len(m.r) + 1, dtype=torch.long, device=DEVICE)
     m = m._replace(a=None, angle_weight=None, j=either[:65], j_start=start, j_order=order % 65)
-    with _triton.precision("fp32"):
+    with runtime.precision("fp32"):
         assert_equal([*m._replace(k_start=never, k_order=never[:0])], FP32)
 
 
@@ -193,12 +195,12 @@ def test_rows_without_weight_contribute_exactly_nothing(kind: str) -> None:
 
 def test_the_product_s_width() -> None:
     given = flat(arguments("bond", 65, torch.float32, 64))
-    with _triton.precision("fp32"):
+    with runtime.precision("fp32"):
         assert_equal([None if t is None else t.detach().to(DEVICE) for t in given], FP32)
 
 
 def test_other_widths_are_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "launch", None)
+    monkeypatch.setattr(runtime, "launch", None)
     given = [None if t is None else t.detach() for t in flat(arguments("bond", 11, torch.float32, 4))]
     grad, cotangents = torch.randn(5, 4), tuple(torch.randn_like(t) for t in given[:5])
     found, expected = (levels(bodies, given, grad, cotangents) for bodies in (BODIES, PYTORCH))
@@ -217,7 +219,7 @@ def test_launches_are_few_whatever_the_rows(
     def launch(kernel: Any, *args: Any, **options: Any) -> None:
         started.append(kernel.__name__)
 
-    monkeypatch.setattr(_triton, "launch", launch)
+    monkeypatch.setattr(runtime, "launch", launch)
     inputs = inputs_of(kind, n_rows)
     grad, cotangents = drawn(inputs, ALL)
     found = []
@@ -257,12 +259,12 @@ def test_results_repeat_bit_for_bit_in_a_graph(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_op_takes_the_kernels_on_cuda(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
-    launch = _triton.launch
+    launch = runtime.launch
 
     def counted(kernel: Any, *args: Any, **options: Any) -> None:
         started.append(kernel.__name__)
         launch(kernel, *args, **options)
 
-    monkeypatch.setattr(_triton, "launch", counted)
+    monkeypatch.setattr(runtime, "launch", counted)
     message._family(*inputs_of(kind, 65))
     assert started[0] == "_forward_kernel"

@@ -15,7 +15,7 @@ from fastchgnet import neighbors
 from fastchgnet.device_graph import SpareSystems, build_graph, spare_systems
 from fastchgnet.graph import Batch
 from fastchgnet.neighbors import systems_from_atoms
-from fastchgnet.ops import _neighbors_triton
+from fastchgnet.ops.gpu import neighbors as gpu_neighbors
 from fastchgnet.padding import Capacity, rows_of
 
 CUTOFFS = (6.0, 3.0)
@@ -37,7 +37,7 @@ def both(raw: SpareSystems, capacity: Capacity) -> tuple[tuple[Batch, torch.Tens
     there = raw.to(interpreted.DEVICE)
     return (
         build_graph(raw, *CUTOFFS, capacity, candidates(raw, CUTOFFS[0]) + 1),
-        _neighbors_triton.build_graph(there.position, there, *CUTOFFS, capacity),
+        gpu_neighbors.build_graph(there.position, there, *CUTOFFS, capacity),
     )
 
 

@@ -12,7 +12,9 @@ from test_ops_message import index
 from torch import Tensor
 
 from fastchgnet.graph import Index
-from fastchgnet.ops import _segments_triton, _triton, segments
+from fastchgnet.ops import segments
+from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.gpu import segments as gpu_segments
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def test_sums_are_those_of_pytorch(width: int, dtype: torch.dtype) -> None:
     segment = torch.cat([torch.full((37,), 1), torch.randint(3, 12, (60,))])
     rows = torch.randn(97, width, dtype=dtype, device=DEVICE)
     for by in (made(segment.sort().values, 14, True), made(segment, 14, False)):
-        found = _segments_triton.segment_sum(rows, *by)
+        found = gpu_segments.segment_sum(rows, *by)
         expected = segments.reference(rows.double(), by)
         tolerance = 1e-6 if dtype == torch.float32 else 1e-14
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=40 * tolerance)
@@ -49,55 +51,55 @@ def test_sums_are_those_of_pytorch(width: int, dtype: torch.dtype) -> None:
 def test_few_rows_and_few_segments(n_rows: int, n_segments: int) -> None:
     rows = torch.randn(n_rows, 3, device=DEVICE)
     by = made(torch.zeros(n_rows, dtype=torch.long), n_segments, False)
-    found = _segments_triton.segment_sum(rows, *by)
+    found = gpu_segments.segment_sum(rows, *by)
     torch.testing.assert_close(found, segments.reference(rows, by), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_and_their_order_may_lie_anywhere() -> None:
     rows = torch.randn(4, 20, device=DEVICE).t()
     by = made(torch.arange(20) % 3, 3, False)
-    found = _segments_triton.segment_sum(rows, *by)
+    found = gpu_segments.segment_sum(rows, *by)
     torch.testing.assert_close(found, segments.reference(rows, by), rtol=1e-5, atol=1e-5)
 
 
 def test_a_segment_sums_to_the_same_bits_in_any_company() -> None:
     rows = torch.randn(90, 8, device=DEVICE)
-    alone = _segments_triton.segment_sum(rows[50:], *made(torch.zeros(40, dtype=torch.long), 1, True))
-    among = _segments_triton.segment_sum(rows, *made(torch.arange(90).clamp(max=50), 51, True))
+    alone = gpu_segments.segment_sum(rows[50:], *made(torch.zeros(40, dtype=torch.long), 1, True))
+    among = gpu_segments.segment_sum(rows, *made(torch.arange(90).clamp(max=50), 51, True))
     assert torch.equal(alone[0], among[50])
 
 
 def test_several_sums_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    started, launch = [], _triton.launch
+    started, launch = [], runtime.launch
 
     def counted(*args: Any, **options: Any) -> None:
         started.append(args)
         launch(*args, **options)
 
-    monkeypatch.setattr(_triton, "launch", counted)
+    monkeypatch.setattr(runtime, "launch", counted)
     rows = [torch.randn(30, width, device=DEVICE) for width in (4, 2, 4, 1, 8)]
     by = [made(torch.randint(n, (30,)), n, False) for n in (7, 1, 30, 4, 9)]
-    found = _segments_triton.sum_all([(r, s.start, s.order) for r, s in zip(rows, by, strict=True)])
+    found = gpu_segments.sum_all([(r, s.start, s.order) for r, s in zip(rows, by, strict=True)])
     assert len(started) == 1
     expected = [segments.reference(r, s) for r, s in zip(rows, by, strict=True)]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_no_width_and_too_wide_rows_are_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "launch", None)
+    monkeypatch.setattr(runtime, "launch", None)
     by = made(torch.arange(20) % 3, 3, False)
     for width in (0, 300):
         rows = torch.randn(20, width)
-        found = _segments_triton.segment_sum(rows, *by)
+        found = gpu_segments.segment_sum(rows, *by)
         torch.testing.assert_close(found, segments.reference(rows, by), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_the_op_takes_the_kernel_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    started, launch = [], _triton.launch
+    started, launch = [], runtime.launch
     monkeypatch.setattr(
-        _triton, "launch", lambda *args, **options: (started.append(args), launch(*args, **options))
+        runtime, "launch", lambda *args, **options: (started.append(args), launch(*args, **options))
     )
     rows, by = torch.randn(97, 3, device=DEVICE, requires_grad=True), made(torch.arange(97) % 5, 5, False)
     torch.cuda.set_sync_debug_mode("error")

@@ -15,7 +15,10 @@ from torch import Tensor
 from fastchgnet.config import Provenance
 from fastchgnet.data.store import Store, write_store
 from fastchgnet.graph import Batch, Labels, Output
-from fastchgnet.ops import _adam_triton, _frames_triton, _huber_triton, huber
+from fastchgnet.ops import huber
+from fastchgnet.ops.gpu import adam as gpu_adam
+from fastchgnet.ops.gpu import frames as gpu_frames
+from fastchgnet.ops.gpu import huber as gpu_huber
 from fastchgnet.train import optim, resident
 
 NAN = float("nan")
@@ -29,7 +32,7 @@ def test_frames(tmp_path: Path, order: list[int], n_atoms: int) -> None:
     write_store(labelled_frames(8), tmp_path / "store", Provenance(name="made"))
     frames = resident.ResidentFrames(Store(tmp_path / "store"), torch.device(DEVICE))
     numbers = torch.tensor(order, device=DEVICE)
-    found, found_labels = _frames_triton.gather(numbers, frames._arrays, n_atoms)
+    found, found_labels = gpu_frames.gather(numbers, frames._arrays, n_atoms)
     wanted, wanted_labels = resident._gather(numbers, frames._arrays, n_atoms)
     n_real = {"atomic_number": int(wanted.start[-1]), "cell": int(wanted.n_systems)}
     n_real |= {"position": n_real["atomic_number"], "pbc": n_real["cell"]}
@@ -55,11 +58,9 @@ def test_losses(batch: Batch, output: Output, labels: Labels, delta: float) -> N
     given = huber_arguments(batch, output, labels)
     # float64 throughout, in another order
     tolerance = {"rtol": 1e-12, "atol": 1e-14}
-    torch.testing.assert_close(
-        _huber_triton.forward(*given, delta), huber._forward(*given, delta), **tolerance
-    )
+    torch.testing.assert_close(gpu_huber.forward(*given, delta), huber._forward(*given, delta), **tolerance)
     grad = torch.arange(12.0, dtype=torch.float64, device=DEVICE).view(3, 4) + 1
-    found, wanted = (body(grad, *given, delta) for body in (_huber_triton.backward, huber._backward))
+    found, wanted = (body(grad, *given, delta) for body in (gpu_huber.backward, huber._backward))
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == other.dtype
         # rounded to float32 at the end
@@ -69,11 +70,11 @@ def test_losses(batch: Batch, output: Output, labels: Labels, delta: float) -> N
 def test_a_prediction_that_is_not_a_number_stays_one(batch: Batch, output: Output, labels: Labels) -> None:  # noqa: F811
     given = huber_arguments(batch, output, labels)
     given[1][0, 0] = NAN
-    assert _huber_triton.forward(*given, 0.1).isnan().tolist() == [[False, True, False, False]] * 2 + [
+    assert gpu_huber.forward(*given, 0.1).isnan().tolist() == [[False, True, False, False]] * 2 + [
         [False] * 4
     ]
     grad = torch.ones(3, 4, dtype=torch.float64, device=DEVICE)
-    assert _huber_triton.backward(grad, *given, 0.1)[1].isnan().sum() == 1
+    assert gpu_huber.backward(grad, *given, 0.1)[1].isnan().sum() == 1
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5, 1e9])
@@ -85,7 +86,7 @@ def test_moves(n: int, clip_norm: float | None) -> None:
     norm = torch.linalg.vector_norm(buffers[0])
     sizes = torch.tensor([0.3, 1.7, 0.2], device=DEVICE)
     mine, theirs = ([b.clone() for b in buffers] for _ in range(2))
-    _adam_triton.move(*mine, norm, sizes, clip_norm)
+    gpu_adam.move(*mine, norm, sizes, clip_norm)
     optim._move(*theirs, norm, sizes, clip_norm)
     for found, wanted, before in zip(mine[1:], theirs[1:], buffers[1:], strict=True):
         # the same operations in float32, fused or not

@@ -49,7 +49,7 @@ def _compile_all() -> list[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from fastchgnet.ops import _triton
+    from fastchgnet.ops.gpu import runtime
 
     class NoDriver:
         capability = 0
@@ -71,7 +71,7 @@ def _compile_all() -> list[dict[str, Any]]:
         compiled = kernel.warmup(*args, grid=(grid,), **options)
         found.append({"name": kernel.__name__, "capability": NoDriver.capability, **_describe(compiled)})
 
-    _triton.launch = compile_only
+    runtime.launch = compile_only
     driver.set_active(NoDriver())
     for NoDriver.capability in (80, 90):
         _call_all()
@@ -82,24 +82,27 @@ def _call_all() -> None:
     import torch
 
     from fastchgnet.data.layout import ARRAYS
-    from fastchgnet.ops import _adam_triton, _frames_triton, _huber_triton, _neighbors_triton
+    from fastchgnet.ops.gpu import adam as gpu_adam
+    from fastchgnet.ops.gpu import frames as gpu_frames
+    from fastchgnet.ops.gpu import huber as gpu_huber
+    from fastchgnet.ops.gpu import neighbors as gpu_neighbors
     from fastchgnet.padding import Capacity
 
     capacity = Capacity(65, 2048, 8064, 60032, 170048)
     types = {"<f4": "float32", "<f8": "float64", "<i8": "int64", "|u1": "uint8", "|b1": "bool"}
     arrays = {
         name: torch.zeros(9, *ARRAYS[name].row, dtype=getattr(torch, types[ARRAYS[name].dtype]))
-        for name in _frames_triton.Frames._fields
+        for name in gpu_frames.Frames._fields
     }
     numbers = torch.zeros(capacity.systems, dtype=torch.int64)
-    systems, labels = _frames_triton.gather(numbers, arrays, capacity.atoms)
-    batch, _ = _neighbors_triton.build_graph(systems.position, systems, 6.0, 3.0, capacity)
+    systems, labels = gpu_frames.gather(numbers, arrays, capacity.atoms)
+    batch, _ = gpu_neighbors.build_graph(systems.position, systems, 6.0, 3.0, capacity)
     known = (labels.energy, labels.forces, labels.stress, labels.magmoms)
     given = (*known, *known, batch.n_atoms, batch.volume, 0.1)
-    _huber_triton.forward(*given)
-    _huber_triton.backward(torch.zeros(3, 4, dtype=torch.float64), *given)
+    gpu_huber.forward(*given)
+    gpu_huber.backward(torch.zeros(3, 4, dtype=torch.float64), *given)
     flat = torch.zeros(400_000)
-    _adam_triton.move(flat, flat, flat, flat, flat, flat[0], flat[:3], 1.0)
+    gpu_adam.move(flat, flat, flat, flat, flat, flat[0], flat[:3], 1.0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from fastchgnet.bench.session import Session
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Labels, Output
 from fastchgnet.loss import tally, total_loss
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import systems_from_frames
 from fastchgnet.published import load
@@ -28,7 +28,7 @@ from fastchgnet.units import GPA
 N_FRAMES = 8
 WEIGHTS = (1.0, 1.0, 0.1, 0.1)
 
-POLICIES: dict[_triton.Precision, dict[str, float]] = {
+POLICIES: dict[runtime.Precision, dict[str, float]] = {
     "fp32": {
         "energy_ev_per_atom": 1e-5,
         "forces_ev_per_angstrom": 1e-4,
@@ -66,11 +66,11 @@ def check(session: Session) -> list[Row]:
     """
     workload = session.pool.workload(N_FRAMES)
     rows = []
-    names: Iterable[_triton.Precision] = POLICIES if session.device.type == "cuda" else ("fp32",)
+    names: Iterable[runtime.Precision] = POLICIES if session.device.type == "cuda" else ("fp32",)
     for readout in ("conservative", "direct"):
         for name in names:
             row = session.row("correctness", workload, readout, NOTE) | {"precision": name}
-            with _triton.precision(name):
+            with runtime.precision(name):
                 found = deviations(workload, readout, session.device)
             rows.append(row | {"deviations": found, "allowed": POLICIES[name]})
             for quantity, limit in POLICIES[name].items():

@@ -17,7 +17,7 @@ from fastchgnet.bench.frames import Composition, Pool, Workload
 from fastchgnet.bench.reference import require_chgnet
 from fastchgnet.bench.rows import Row, environment
 from fastchgnet.device import pick_device
-from fastchgnet.ops._triton import current_precision
+from fastchgnet.ops.gpu.runtime import current_precision
 
 NOISE = 0.1
 """Cores that other processes may use; at their barriers, threads of ours spin while they wait for a core."""

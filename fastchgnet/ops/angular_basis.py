@@ -41,8 +41,8 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Index
-from fastchgnet.ops import _triton
 from fastchgnet.ops._register import Family
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.segments import sum_rows
 
 K = 1 - 1e-6
@@ -256,7 +256,7 @@ _family = Family(
     shape=lambda short_edge, frequency, i, start, j, reverse, n: short_edge.new_empty(len(i), n),
 )
 _family.on_cuda(
-    _triton.body("_angular_basis_triton", "forward", _forward),
-    _triton.body("_angular_basis_triton", "backward", _backward),
-    _triton.body("_angular_basis_triton", "backward_backward", _backward_backward),
+    runtime.body("angular_basis", "forward", _forward),
+    runtime.body("angular_basis", "backward", _backward),
+    runtime.body("angular_basis", "backward_backward", _backward_backward),
 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 
 
 def cutoff_envelope(distance: Tensor, cutoff: float, p: int) -> Tensor:
@@ -54,7 +54,7 @@ def _backward(grad: Tensor, distance: Tensor, cutoff: float, p: int) -> Tensor:
 
 _cutoff = torch.library.custom_op("fastchgnet::envelope", _forward, mutates_args=())
 _cutoff_backward = torch.library.custom_op("fastchgnet::envelope_backward", _backward, mutates_args=())
-_cutoff.register_kernel("cuda")(_triton.body("_radial_basis_triton", "envelope", _forward))
+_cutoff.register_kernel("cuda")(runtime.body("radial_basis", "envelope", _forward))
 
 
 @_cutoff.register_fake

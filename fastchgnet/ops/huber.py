@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Batch, Labels, Output
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.units import GPA
 
 
@@ -113,10 +113,8 @@ def _backward(
 
 _huber = torch.library.custom_op("fastchgnet::huber", _forward, mutates_args=())
 _huber_backward = torch.library.custom_op("fastchgnet::huber_backward", _backward, mutates_args=())
-_huber.register_kernel("cuda")(_triton.body("_huber_triton", "forward", _forward, (torch.float64,)))
-_huber_backward.register_kernel("cuda")(
-    _triton.body("_huber_triton", "backward", _backward, (torch.float64,))
-)
+_huber.register_kernel("cuda")(runtime.body("huber", "forward", _forward, (torch.float64,)))
+_huber_backward.register_kernel("cuda")(runtime.body("huber", "backward", _backward, (torch.float64,)))
 
 
 @_huber.register_fake

@@ -46,9 +46,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastchgnet.graph import Index
-from fastchgnet.ops import _message_native, _message_torch, _triton
+from fastchgnet.ops import _message_torch
 from fastchgnet.ops._message_inputs import EPS, Inputs
 from fastchgnet.ops._register import Family
+from fastchgnet.ops.cpu import message as cpu_message
+from fastchgnet.ops.gpu import runtime
 
 Tables = tuple[Tensor, Tensor, Tensor]
 """Projections that rows gather: [n_i, 2D], [n_j, 2D] and [n_k, 2D], core and gate side by side."""
@@ -132,15 +134,15 @@ _family = Family(
         "Tensor k_start",
         "Tensor? k_order",
     ],
-    forward=_message_native.forward,
-    backward=_message_native.backward,
-    backward_backward=_message_native.backward_backward,
+    forward=cpu_message.forward,
+    backward=cpu_message.backward,
+    backward_backward=cpu_message.backward_backward,
     shape=lambda *inputs: _shape(Inputs(*inputs)),
 )
 _family.on_cuda(
-    _triton.body("_message_triton", "forward", _message_torch.forward),
-    _triton.body("_message_triton", "backward", _message_torch.backward),
-    _triton.body("_message_triton_second", "backward_backward", _message_torch.backward_backward),
+    runtime.body("message", "forward", _message_torch.forward),
+    runtime.body("message", "backward", _message_torch.backward),
+    runtime.body("message_second", "backward_backward", _message_torch.backward_backward),
 )
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Batch
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 
 
 class _Graph(NamedTuple):
@@ -100,8 +100,8 @@ _pair_forces = torch.library.custom_op("fastchgnet::pair_forces", _forward, muta
 _pair_forces_backward = torch.library.custom_op(
     "fastchgnet::pair_forces_backward", _backward, mutates_args=()
 )
-_pair_forces.register_kernel("cuda")(_triton.body("_pair_forces_triton", "forward", _forward))
-_pair_forces_backward.register_kernel("cuda")(_triton.body("_pair_forces_triton", "backward", _backward))
+_pair_forces.register_kernel("cuda")(runtime.body("pair_forces", "forward", _forward))
+_pair_forces_backward.register_kernel("cuda")(runtime.body("pair_forces", "backward", _backward))
 
 
 @_pair_forces.register_fake

@@ -34,9 +34,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastchgnet.ops import _triton
 from fastchgnet.ops._register import Family
 from fastchgnet.ops.envelope import envelope, envelope_slope
+from fastchgnet.ops.gpu import runtime
 
 
 def radial_basis(distance: Tensor, frequency: Tensor, cutoff: float, p: int) -> Tensor:
@@ -123,7 +123,7 @@ _family = Family(
     shape=lambda distance, frequency, cutoff, p: distance.new_empty(len(distance), len(frequency)),
 )
 _family.on_cuda(
-    _triton.body("_radial_basis_triton", "forward", _forward),
-    _triton.body("_radial_basis_triton", "backward", _backward),
-    _triton.body("_radial_basis_triton", "backward_backward", _backward_backward),
+    runtime.body("radial_basis", "forward", _forward),
+    runtime.body("radial_basis", "backward", _backward),
+    runtime.body("radial_basis", "backward_backward", _backward_backward),
 )

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Index
-from fastchgnet.ops import _native, _triton
+from fastchgnet.ops.cpu import native
+from fastchgnet.ops.gpu import runtime
 
 
 def gather(table: Tensor, index: Index) -> Tensor:
@@ -40,7 +41,7 @@ def sum_rows(rows: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
     """Sum rows by segment, from the transpose alone."""
     if not len(rows) or len(start) == 1 or (order is not None and not len(order)):
         return rows.new_zeros(len(start) - 1, rows.shape[1])
-    library = _native.library() if rows.dtype == torch.float32 and rows.device.type == "cpu" else None
+    library = native.library() if rows.dtype == torch.float32 and rows.device.type == "cpu" else None
     if library is not None:
         return _native_sum(library, rows.contiguous(), start, order)
     if order is None:
@@ -52,8 +53,8 @@ def sum_rows(rows: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
 
 def _native_sum(library: Any, rows: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
     out = rows.new_empty(len(start) - 1, rows.shape[1])
-    sizes = (len(start) - 1, rows.shape[1], _native.n_threads(len(rows)))
-    pointers = [ctypes.c_void_p(_native.pointer(t)) for t in (rows, order, start, out)]
+    sizes = (len(start) - 1, rows.shape[1], native.n_threads(len(rows)))
+    pointers = [ctypes.c_void_p(native.pointer(t)) for t in (rows, order, start, out)]
     library.sum_rows(*pointers[:3], *map(ctypes.c_int64, sizes), pointers[3])
     return out
 
@@ -69,8 +70,8 @@ def _segment_sum(rows: Tensor, segment: Tensor, start: Tensor, order: Tensor | N
 
 
 _segment_sum.register_kernel("cuda")(
-    _triton.body(
-        "_segments_triton",
+    runtime.body(
+        "segments",
         "segment_sum",
         lambda rows, segment, start, order: sum_rows(rows, start, order),
         dtypes=(torch.float32, torch.float64),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastchgnet.config import OptimConfig
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 
 BETA_MEAN = 0.9
 BETA_SQUARE = 0.999
@@ -125,7 +125,7 @@ def _move(
     average.lerp_(weights, follow)
 
 
-_move_on_gpu = _triton.body("_adam_triton", "move", _move)
+_move_on_gpu = runtime.body("adam", "move", _move)
 
 
 def _places(parameters: Sequence[Tensor]) -> list[int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastchgnet.data.store import Store
 from fastchgnet.device_graph import SpareSystems
 from fastchgnet.graph import Labels
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.units import MATRIX_FROM_VOIGT
 
 
@@ -72,4 +72,4 @@ def _gather(numbers: Tensor, arrays: dict[str, Tensor], n_atoms: int) -> tuple[S
     return systems, labels
 
 
-_gather_on_gpu = _triton.body("_frames_triton", "gather", _gather, (torch.int64,))
+_gather_on_gpu = runtime.body("frames", "gather", _gather, (torch.int64,))

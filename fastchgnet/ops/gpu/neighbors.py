@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fastchgnet.device_graph import SpareSystems
 from fastchgnet.graph import Batch
-from fastchgnet.ops import _triton
-from fastchgnet.ops._neighbors_pad_triton import (
+from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.gpu.neighbors_pad import (
     ANGLE,
     EDGE,
     LONG_BOND,
@@ -37,7 +37,7 @@ from fastchgnet.ops._neighbors_pad_triton import (
     n_blocks,
     pad_kernel,
 )
-from fastchgnet.ops._neighbors_search_triton import (
+from fastchgnet.ops.gpu.neighbors_search import (
     candidates,
     is_first,
     lattice_of,
@@ -261,12 +261,12 @@ def build_graph(
         "num_warps": WARPS,
         "enable_fp_fusion": False,
     }
-    _triton.launch(_count_kernel, capacity.atoms, device, raw, room, counts, **options)
+    runtime.launch(_count_kernel, capacity.atoms, device, raw, room, counts, **options)
     sums = counts.cumsum(1)
-    _triton.launch(_fill_kernel, capacity.atoms, device, raw, room, sums, out, **options)
+    runtime.launch(_fill_kernel, capacity.atoms, device, raw, room, sums, out, **options)
     n_tiles = triton.cdiv(2 * capacity.bonds, BLOCK)
-    _triton.launch(_join_kernel, n_tiles, device, room, sums, out, BLOCK=BLOCK, num_warps=WARPS)
-    _triton.launch(
+    runtime.launch(_join_kernel, n_tiles, device, room, sums, out, BLOCK=BLOCK, num_warps=WARPS)
+    runtime.launch(
         pad_kernel,
         n_blocks(room, 2 * BLOCK),
         device,

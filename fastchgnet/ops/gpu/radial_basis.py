@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastchgnet.ops import _triton
-from fastchgnet.ops._trigonometry_triton import sine_and_cosine
+from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.gpu.trigonometry import sine_and_cosine
 
 ROWS = 32
 WARPS = 4
@@ -150,13 +150,13 @@ def envelope(distance: Tensor, cutoff: float, p: int) -> Tensor:
     given, n_rows = distance.contiguous(), distance.numel()
     out = given.new_empty(given.shape)
     n_programs = max(1, triton.cdiv(n_rows, 256))
-    _triton.launch(_envelope_kernel, n_programs, out.device, given, out, cutoff, n_rows, P=p, BLOCK=256)
+    runtime.launch(_envelope_kernel, n_programs, out.device, given, out, cutoff, n_rows, P=p, BLOCK=256)
     return out
 
 
 def _run(kernel: Any, tensors: tuple[Tensor | None, ...], n_rows: int, n: int, cutoff: float, p: int) -> None:
     device = next(t.device for t in tensors if t is not None)
-    _triton.launch(
+    runtime.launch(
         kernel,
         _n_programs(n_rows),
         device,

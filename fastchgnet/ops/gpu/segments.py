@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastchgnet.ops import _triton, segments
+from fastchgnet.ops import segments
+from fastchgnet.ops.gpu import runtime
 
 SEGMENTS = 4
 ROWS = 4
@@ -75,7 +76,7 @@ def sum_all(wanted: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[Tens
     )
     sizes = [len(job.out) for job in jobs]
     n_blocks = sum(-(-n // SEGMENTS) for n in sizes)
-    _triton.launch(
+    runtime.launch(
         _sum_kernel,
         max(n_blocks, 1),
         jobs[0].rows.device,

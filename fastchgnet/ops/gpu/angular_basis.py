@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastchgnet.ops import _triton, angular_basis
-from fastchgnet.ops._trigonometry_triton import angle, sine_and_cosine
+from fastchgnet.ops import angular_basis
+from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.gpu.trigonometry import angle, sine_and_cosine
 
 ROWS = 64
 EDGES = 8
@@ -318,7 +319,7 @@ class _Launch:
 
     def _run(self, kernel: Any, n_programs: int, *args: Any, **options: Any) -> None:
         device = self.angles.short_edge.device
-        _triton.launch(kernel, n_programs, device, *args, N=self.n_functions, num_warps=WARPS, **options)
+        runtime.launch(kernel, n_programs, device, *args, N=self.n_functions, num_warps=WARPS, **options)
 
 
 def forward(short_edge: Tensor, *rest: Any) -> Tensor:

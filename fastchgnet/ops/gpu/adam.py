@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.train import optim
 
 BLOCK = 1024
@@ -56,7 +56,7 @@ def move(
     sizes: Tensor,
     clip_norm: float | None,
 ) -> None:
-    _triton.launch(
+    runtime.launch(
         _adam_kernel,
         triton.cdiv(len(weights), BLOCK),
         weights.device,

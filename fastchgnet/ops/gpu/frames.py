@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastchgnet.device_graph import SpareSystems
 from fastchgnet.graph import Labels
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.units import MATRIX_FROM_VOIGT
 
 TILE = 8192
@@ -120,7 +120,7 @@ def gather(numbers: Tensor, arrays: dict[str, Tensor], n_atoms: int) -> tuple[Sp
         stress=empty(torch.float32, n_systems, 3, 3),
         magmoms=empty(torch.float32, n_atoms),
     )
-    _triton.launch(
+    runtime.launch(
         _gather_kernel,
         triton.cdiv(n_atoms, block),
         device,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.units import GPA
 
 BLOCK = 256
@@ -99,7 +99,7 @@ def forward(*inputs: Any) -> Tensor:
     t = Tables(*(tensor.contiguous() for tensor in tensors))
     partial = t.energy.new_empty(PROGRAMS, 12, dtype=torch.float64)
     sizes = len(t.energy), len(t.magmoms)
-    _triton.launch(
+    runtime.launch(
         _forward_kernel,
         PROGRAMS,
         partial.device,
@@ -119,7 +119,7 @@ def backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
     found = tuple(table.new_empty(table.shape) for table in t[:4])
     n_programs = max(1, sum(triton.cdiv(table.numel(), BLOCK) for table in found))
     sizes = len(t.energy), len(t.magmoms)
-    _triton.launch(
+    runtime.launch(
         _backward_kernel,
         n_programs,
         grad.device,

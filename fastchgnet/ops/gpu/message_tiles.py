@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastchgnet.ops._message_inputs import EPS
-from fastchgnet.ops._tiles import dot, factor, matrix, normed, read, vector, write, zeros
+from fastchgnet.ops.gpu.tiles import dot, factor, matrix, normed, read, vector, write, zeros
 
 EPSILON = tl.constexpr(EPS)
 

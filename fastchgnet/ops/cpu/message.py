@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastchgnet.ops import _message_torch, _native
+from fastchgnet.ops import _message_torch
 from fastchgnet.ops._message_inputs import Inputs
+from fastchgnet.ops.cpu import native
 from fastchgnet.ops.segments import sum_rows
 
 _WIDTHS = (16, 64)
@@ -32,7 +33,7 @@ class _Outputs(ctypes.Structure):
 def _library(m: Inputs) -> ctypes.CDLL | None:
     """Return the compiled bodies where they know these inputs."""
     known = m.p.device.type == "cpu" and m.p.dtype == torch.float32 and m.p.shape[1] // 2 in _WIDTHS
-    return _native.library() if known else None
+    return native.library() if known else None
 
 
 def forward(*inputs: Any) -> Tensor:
@@ -83,7 +84,7 @@ def _row_gradients(m: Inputs) -> dict[str, Any]:
 
 def _parameter_gradients(m: Inputs) -> dict[str, Any]:
     """Room for the sums of every thread."""
-    n_threads, width = _native.n_threads(len(m.i)), m.p.shape[1] // 2
+    n_threads, width = native.n_threads(len(m.i)), m.p.shape[1] // 2
 
     def room(like: Any, *shape: int) -> Any:
         return None if like is None else m.p.new_zeros(n_threads, *shape)
@@ -104,10 +105,10 @@ def _call(library: ctypes.CDLL, level: int, m: Inputs, directions: dict, outputs
     sizes = {
         "n_segments": len(m.p),
         "n_norms": 0 if m.scale is None else len(m.scale),
-        "n_threads": _native.n_threads(len(m.i)),
+        "n_threads": native.n_threads(len(m.i)),
     }
-    inputs = _Inputs(**{name: _native.pointer(t) for name, t in tensors.items()}, **sizes)
-    results = _Outputs(**{name: _native.pointer(t) for name, t in outputs.items()})
+    inputs = _Inputs(**{name: native.pointer(t) for name, t in tensors.items()}, **sizes)
+    results = _Outputs(**{name: native.pointer(t) for name, t in outputs.items()})
     status = library.messages(
         level, ctypes.c_int64(m.p.shape[1] // 2), ctypes.byref(inputs), ctypes.byref(results)
     )

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastchgnet.ops import _message_torch
-from fastchgnet.ops._message_tiles import (
+from fastchgnet.ops.gpu.message import Launch, Tile, fits
+from fastchgnet.ops.gpu.message_tiles import (
     affine,
     gathered,
     linear,
@@ -28,8 +29,7 @@ from fastchgnet.ops._message_tiles import (
     weights,
     write_sums,
 )
-from fastchgnet.ops._message_triton import Launch, Tile, fits
-from fastchgnet.ops._tiles import dot, factor, mean, norm_backward, read, write, zeros
+from fastchgnet.ops.gpu.tiles import dot, factor, mean, norm_backward, read, write, zeros
 
 SECOND = Tile(rows=32, warps=8, per_multiprocessor=1)
 SECOND_OF_BONDS = Tile(rows=16, warps=8, per_multiprocessor=1)

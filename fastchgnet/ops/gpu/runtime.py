@@ -1,7 +1,7 @@
 """Where the Triton bodies run, in which precision, and how their kernels are launched.
 
 Nothing here imports Triton: modules of kernels are imported at the first call on CUDA, so that machines
-without a GPU pay nothing. What the kernels themselves share is in `fastchgnet.ops._tiles`.
+without a GPU pay nothing. What the kernels themselves share is in `fastchgnet.ops.gpu.tiles`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def body(
     """Make the CUDA body of an op: the Triton function where it works, the PyTorch one elsewhere.
 
     Args:
-        module: that holds the kernels, within `fastchgnet.ops`.
+        module: that holds the kernels, within `fastchgnet.ops.gpu`.
         name: of the Triton function there.
         otherwise: the PyTorch function of the same signature.
         dtypes: of the first tensor, which the kernels take.
@@ -67,7 +67,7 @@ def body(
         if first.dtype not in dtypes or module in _given_up or not _usable(first.device):
             return otherwise(*args)
         try:
-            return getattr(importlib.import_module(f"fastchgnet.ops.{module}"), name)(*args)
+            return getattr(importlib.import_module(f"fastchgnet.ops.gpu.{module}"), name)(*args)
         except KernelFailure as error:
             _given_up.add(module)
             _warn(str(error))

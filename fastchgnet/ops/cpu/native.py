@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastchgnet.files import cache_folder
 
-_SOURCES = Path(__file__).parent / "native"
+_FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _TUNING = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
 _ROWS_PER_THREAD = 256
@@ -86,7 +86,7 @@ def _compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "ops.so"
         for tuning in _TUNING:
-            command = [compiler, *_FLAGS, *tuning, "-o", str(made), str(_SOURCES / "message.cpp")]
+            command = [compiler, *_FLAGS, *tuning, "-o", str(made), str(_FOLDER / "message.cpp")]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=tuning == ())
             if done.returncode == 0:
                 break
@@ -98,7 +98,8 @@ def _fingerprint(compiler: str) -> str:
     """Hash what the compiled file depends on; one cache may serve several machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True)
     parts = [version.stdout, platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
-    parts += [source.read_text() for source in sorted(_SOURCES.iterdir())]
+    sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
+    parts += [source.read_text() for source in sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@
 constexpr int TILE = 36;  // rows; a multiple of ROWS_AT_ONCE
 constexpr float EPS = 1e-5f;
 
-// As fastchgnet.ops._message_native lays it out: what is missing is null.
+// As fastchgnet.ops.cpu.message lays it out: what is missing is null.
 struct Inputs {
     const float *p, *q, *r, *w, *a;
     const float *angle_weight, *weight, *bias, *scale, *shift;

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastchgnet.ops import _message_torch, _triton
+from fastchgnet.ops import _message_torch
 from fastchgnet.ops._message_inputs import Inputs
-from fastchgnet.ops._message_tiles import (
+from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.gpu.message_tiles import (
     affine,
     gathered,
     linear_backward,
@@ -31,8 +32,8 @@ from fastchgnet.ops._message_tiles import (
     weights,
     write_sums,
 )
-from fastchgnet.ops._segments_triton import sum_all
-from fastchgnet.ops._tiles import dot, factor, norm_backward, read, write, zeros
+from fastchgnet.ops.gpu.segments import sum_all
+from fastchgnet.ops.gpu.tiles import dot, factor, norm_backward, read, write, zeros
 
 WIDTHS = (16, 32, 64)
 
@@ -249,7 +250,7 @@ class Launch:
 
     def n_programs(self, tile: Tile) -> int:
         """Programs that share the rows."""
-        return _triton.n_programs(
+        return runtime.n_programs(
             triton.cdiv(self.n_rows, tile.rows), self.m.p.device, tile.per_multiprocessor
         )
 
@@ -267,7 +268,7 @@ class Launch:
 
     def run(self, kernel: Any, tile: Tile, *args: Any, **constants: Any) -> None:
         """Start a kernel on all rows."""
-        _triton.launch(
+        runtime.launch(
             kernel,
             self.n_programs(tile),
             self.m.p.device,
@@ -277,7 +278,7 @@ class Launch:
             N_NORMS=self.n_norms,
             D=self.width,
             BLOCK=tile.rows,
-            PRECISION=_triton.current_precision(),
+            PRECISION=runtime.current_precision(),
             num_warps=tile.warps,
             num_stages=1,
         )
@@ -310,7 +311,7 @@ class Launch:
             return []
         found = tuple(None if t is None else torch.empty_like(t) for t in self.parameters)
         n_elements = shares[0].numel()
-        _triton.launch(
+        runtime.launch(
             _parameters_kernel,
             triton.cdiv(n_elements, 128),
             shares.device,
@@ -336,7 +337,7 @@ def forward(*inputs: Tensor) -> Tensor:
         return _message_torch.forward(*inputs)
     launch = Launch(inputs)
     rows_ND = launch.rows(launch.width)
-    launch.run(_forward_kernel, FORWARD[_triton.current_precision()], launch.kernel_inputs(), rows_ND)
+    launch.run(_forward_kernel, FORWARD[runtime.current_precision()], launch.kernel_inputs(), rows_ND)
     if launch.m.w is None:
         return rows_ND
     return sum_all([(rows_ND, launch.m.i_start, None)])[0]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastchgnet.ops import _triton
+from fastchgnet.ops.gpu import runtime
 
 ATOMS = 8
 STEP = 8
@@ -106,7 +106,7 @@ def forward(
     out = force.new_empty(n_atoms, 12, dtype=torch.float64)
     given = (t.contiguous() for t in (force, arm, pull, edge_bond, edge_sign, atom_edge))
     n_programs = max(1, triton.cdiv(n_atoms, ATOMS))
-    _triton.launch(
+    runtime.launch(
         _forward_kernel, n_programs, out.device, *given, out, n_atoms, ATOMS=ATOMS, STEP=STEP, num_warps=WARPS
     )
     return out
@@ -118,7 +118,7 @@ def backward(
     found = arm.new_empty(arm.shape), arm.new_empty(arm.shape), arm.new_empty(arm.shape)
     given = (t.contiguous() for t in (arm, pull, grad, bond_center, bond_neighbor))
     n_programs = max(1, triton.cdiv(len(arm), ROWS))
-    _triton.launch(
+    runtime.launch(
         _backward_kernel, n_programs, arm.device, *given, *found, len(arm), BLOCK=ROWS, num_warps=WARPS
     )
     return found

@@ -1,0 +1,1 @@
+"""C++ bodies of the ops, for CPUs."""
