@@ -89,8 +89,8 @@ def test_what_a_gpu_lacks_is_said_once(
 
 
 def test_precision_holds_inside_alone() -> None:
-    assert runtime.current_precision() == "tf32"
-    with pytest.raises(ZeroDivisionError), runtime.precision("fp32"):
-        assert runtime.current_precision() == "fp32"
+    assert runtime.current_precision() == "fp32"
+    with pytest.raises(ZeroDivisionError), runtime.precision("tf32"):
+        assert runtime.current_precision() == "tf32"
         _ = 1 / 0
-    assert runtime.current_precision() == "tf32"
+    assert runtime.current_precision() == "fp32"

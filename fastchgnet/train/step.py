@@ -15,6 +15,7 @@ from fastchgnet.config import LossConfig
 from fastchgnet.errors import InputError
 from fastchgnet.loss import coefficients, empty_tally, tally
 from fastchgnet.ops.huber import label_counts
+from fastchgnet.ops.gpu.runtime import precision
 from fastchgnet.potential import Potential
 from fastchgnet.train.optim import Optimizer
 from fastchgnet.train.record import Record, Recorder
@@ -38,6 +39,7 @@ class Step:
         self.sums = empty_tally(potential.device)
         self.weights = torch.tensor(config.weights, dtype=torch.float64, device=potential.device)
 
+    @precision("tf32")
     def __call__(self, parts: Sequence[Made], sizes: Tensor) -> Tensor:
         """Take one step on a batch.
 
