@@ -16,7 +16,7 @@ from fastchgnet.ops.gpu import runtime
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A module of kernels, and nothing known yet about where they work."""
-    module: Any = types.ModuleType("fastchgnet.ops._kernels")
+    module: Any = types.ModuleType("fastchgnet.ops.gpu._kernels")
     module.double = lambda x: ("kernel", 2 * x)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(runtime, "_given_up", set())

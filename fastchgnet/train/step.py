@@ -14,8 +14,8 @@ from torch import Tensor
 from fastchgnet.config import LossConfig
 from fastchgnet.errors import InputError
 from fastchgnet.loss import coefficients, empty_tally, tally
-from fastchgnet.ops.huber import label_counts
 from fastchgnet.ops.gpu.runtime import precision
+from fastchgnet.ops.huber import label_counts
 from fastchgnet.potential import Potential
 from fastchgnet.train.optim import Optimizer
 from fastchgnet.train.record import Record, Recorder
