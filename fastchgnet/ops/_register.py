@@ -45,10 +45,13 @@ class Family:
         constants: schemas of the rest.
         forward: (*inputs) -> output.
         backward: (with_parameters, grad, *inputs) -> one gradient for each feature and, if asked,
-            parameter; None for those that are None.
+            parameter; None for those that are None or have none.
         backward_backward: (cotangents, grad, *inputs), cotangents of the features' gradients, None where
             zero -> gradients of grad, of each feature and of each parameter.
         shape: (*inputs) -> an empty output, for tracing.
+        n_outputs: how many tensors forward returns. Where there are several, they come as a tuple, and so
+            does grad, with None for an output that nothing depends on; backward_backward then returns as
+            many gradients of grad.
     """
 
     def __init__(
@@ -61,28 +64,32 @@ class Family:
         backward: _Function,
         backward_backward: _Function,
         shape: _Function,
+        n_outputs: int = 1,
     ) -> None:
         """Register the three ops."""
         self.n_features = len(features)
         self.n_derivatives = len(features) + len(parameters)
+        self.n_outputs = n_outputs
         inputs = ", ".join([*features, *parameters, *constants])
         cotangents = ", ".join(f"Tensor? u{n}" for n in range(self.n_features))
-        self.forward = _op(name, f"({inputs}) -> Tensor", forward)
+        optional = "" if n_outputs == 1 else "?"
+        grads = ", ".join(f"Tensor{optional} grad{n}" for n in range(n_outputs))
+        self.forward = _op(name, f"({inputs}) -> {_tensors(n_outputs)}", forward)
         self.backward = _op(
             f"{name}_backward",
-            f"(bool with_parameters, Tensor grad, {inputs}) -> {_tensors(self.n_derivatives)}",
+            f"(bool with_parameters, {grads}, {inputs}) -> {_tensors(self.n_derivatives)}",
             self._first(backward),
         )
         self.backward_backward = _op(
             f"{name}_backward_backward",
-            f"({cotangents}, Tensor grad, {inputs}) -> {_tensors(1 + self.n_derivatives)}",
+            f"({cotangents}, {grads}, {inputs}) -> {_tensors(n_outputs + self.n_derivatives)}",
             self._second(backward_backward),
         )
         self._register_shapes(shape)
         self.forward.register_autograd(self._autograd, setup_context=_save)
         self.backward.register_autograd(self._autograd_of_backward, setup_context=_save)
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         """Apply the op."""
         return self.forward(*inputs)
 
@@ -95,46 +102,55 @@ class Family:
     def _first(self, body: _Function) -> _Function:
         """Make a library op of a backward function."""
 
-        def call(with_parameters: bool, grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-            return _filled(body(with_parameters, grad, *inputs), self.n_derivatives, grad)
+        def call(with_parameters: bool, *given: Any) -> Any:
+            grad, inputs = self._apart(given)
+            return _filled(body(with_parameters, grad, *inputs), self.n_derivatives, inputs)
 
         return call
 
     def _second(self, body: _Function) -> _Function:
         """Make a library op of a function that differentiates the backward one."""
 
-        def call(*given: Any) -> tuple[Tensor, ...]:
-            cotangents, grad, inputs = given[: (n := self.n_features)], given[n], given[n + 1 :]
-            return _filled(body(cotangents, grad, *inputs), 1 + self.n_derivatives, grad)
+        def call(*given: Any) -> Any:
+            cotangents = given[: self.n_features]
+            grad, inputs = self._apart(given[self.n_features :])
+            return _filled(body(cotangents, grad, *inputs), self.n_outputs + self.n_derivatives, inputs)
 
         return call
 
+    def _apart(self, given: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """Tell gradients of the output, or of the outputs, from inputs."""
+        grads, inputs = given[: self.n_outputs], given[self.n_outputs :]
+        return (grads[0] if self.n_outputs == 1 else grads), inputs
+
     def _register_shapes(self, shape: _Function) -> None:
-        def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> list[Tensor | None]:
+        def backward(with_parameters: bool, grad: Any, *inputs: Any) -> list[Tensor | None]:
             return _like(inputs[: self.n_derivatives if with_parameters else self.n_features])
 
-        def second(cotangents: tuple, grad: Tensor, *inputs: Any) -> list[Tensor | None]:
-            return _like((grad, *inputs[: self.n_derivatives]))
+        def second(cotangents: tuple, grad: Any, *inputs: Any) -> list[Tensor | None]:
+            grads = grad if self.n_outputs > 1 else (grad,)
+            return _like((*grads, *inputs[: self.n_derivatives]))
 
         self.forward.register_fake(shape)
         self.backward.register_fake(self._first(backward))
         self.backward_backward.register_fake(self._second(second))
 
-    def _autograd(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _autograd(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = _saved(ctx)
-        needed = ctx.needs_input_grad
-        if grad is None:
+        if all(grad is None for grad in grads):
             return (None,) * len(inputs)
+        needed = ctx.needs_input_grad
         with_parameters = not _feature_derivatives_only and any(needed[self.n_features : self.n_derivatives])
-        found = self.backward(with_parameters, grad.contiguous(), *inputs)
+        found = self.backward(with_parameters, *_contiguous(grads), *inputs)
+        found = (found,) if self.n_derivatives == 1 else found
         n = self.n_derivatives if with_parameters else self.n_features
-        return _wanted(found[:n], inputs, ctx.needs_input_grad)
+        return _wanted(found[:n], inputs, needed)
 
     def _autograd_of_backward(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if any(u is not None and u.numel() for u in cotangents[self.n_features :]):
             raise NotImplementedError("the gradient of a parameter has no derivative")
         _, *saved = _saved(ctx)
-        features = [None if u is None else u.contiguous() for u in cotangents[: self.n_features]]
+        features = _contiguous(cotangents[: self.n_features])
         if all(u is None for u in features):
             return (None,) * (len(saved) + 1)
         found = self.backward_backward(*features, *saved)
@@ -146,7 +162,11 @@ def _op(name: str, schema: str, body: _Function) -> Any:
 
 
 def _tensors(n: int) -> str:
-    return "(" + ", ".join(["Tensor"] * n) + ")"
+    return "Tensor" if n == 1 else "(" + ", ".join(["Tensor"] * n) + ")"
+
+
+def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _save(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -170,10 +190,12 @@ def _like(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else torch.empty_like(t) for t in tensors]
 
 
-def _filled(found: Sequence[Tensor | None], n: int, like: Tensor) -> tuple[Tensor, ...]:
+def _filled(found: Sequence[Tensor | None], n: int, inputs: Sequence[Any]) -> Any:
     """Library ops return a fixed number of tensors: empty ones stand in for what there is not."""
     missing = [None] * (n - len(found))
-    return tuple(like.new_empty(0) if t is None else t for t in [*found, *missing])
+    like = next(t for t in inputs if isinstance(t, Tensor))
+    filled = tuple(like.new_empty(0) if t is None else t for t in [*found, *missing])
+    return filled[0] if n == 1 else filled
 
 
 def _wanted(
