@@ -167,7 +167,7 @@ class AngleUpdate(nn.Module):
     def forward(self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, graph: Graph) -> Tensor:
         """Return the new angle features."""
         tables = self.first(atom_AD, gather(short_BD, graph.short_by_bond))
-        return angle_TD + self.message(tables, None, graph.angles, (angle_TD, self.first.angle.weight))
+        return self.message(tables, None, graph.angles, (angle_TD, self.first.angle.weight))
 
 
 class Graph:

@@ -164,6 +164,23 @@ def test_tf32_rounds_factors_alone(kind: str) -> None:
             assert_equal(inputs, FP32)
 
 
+def test_features_that_messages_are_added_to_stay_as_they_are() -> None:
+    inputs = inputs_of("angle", 33)
+    inputs[5] = torch.zeros_like(inputs[5])  # no product is left
+    grad, cotangents = drawn(inputs, ALL)
+    found = {}
+    for name in ("tf32", "fp32"):
+        with runtime.precision(name):
+            y, first, second = (
+                BODIES[0](*inputs),
+                BODIES[1](False, grad, *inputs),
+                BODIES[2](cotangents, grad, *inputs),
+            )
+            found[name] = [y, *first, *second[:6]]
+    torch.testing.assert_close(found["tf32"], found["fp32"], rtol=0, atol=0)
+    torch.testing.assert_close(found["fp32"][5], grad, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["atom", "bond", "atom without norm", "shared norm"])
 def test_rows_without_weight_contribute_exactly_nothing(kind: str) -> None:
     inputs = Inputs(*inputs_of(kind, 130))

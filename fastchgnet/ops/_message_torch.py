@@ -164,7 +164,7 @@ def forward(*inputs: Tensor) -> Tensor:
     for rows, segments in _pieces(m):
         message = _Gate(_gathered((m.p, m.q, m.r), m.a, m, rows), m).message()
         if m.w is None:
-            out[rows] = message
+            out[rows] = message if m.a is None else message.add_(m.a[rows])
         else:
             message *= m.w.index_select(0, m.k[rows])
             out[segments] = _summed(message, m, segments)
@@ -197,14 +197,18 @@ class _Gradients:
         self.w: Any = None if m.w is None else m.p.new_empty(n, width // 2)
         self.a: Any = None if m.a is None else torch.empty_like(m.a)
 
-    def put(self, piece: _Piece, dh: Tensor, dw: Any) -> None:
-        """Take the gradients of a piece by h and by w."""
+    def put(self, piece: _Piece, dh: Tensor, dw: Any, da: Any = None) -> None:
+        """Take the gradients of a piece by h and by w, and what a gets beside that by h."""
         self.h[piece.rows] = dh
         self.p[piece.segments] = _summed(dh, self.m, piece.segments)
         if self.w is not None:
             self.w[piece.rows] = dw
         if self.a is not None:
-            torch.mm(dh, self.m.angle_weight, out=self.a[piece.rows])
+            out = self.a[piece.rows]
+            if da is None:
+                torch.mm(dh, self.m.angle_weight, out=out)
+            else:
+                torch.addmm(da, dh, self.m.angle_weight, out=out)
 
     def tensors(self) -> list[Tensor | None]:
         """In the order of `Inputs`."""
@@ -224,7 +228,7 @@ def backward(with_parameters: bool, grad: Tensor, *inputs: Tensor) -> list[Tenso
         dn = torch.stack(gate.slopes()).mul_(dm)
         dz = gate.normed(dn if m.scale is None else dn * gate.g)
         dh = _hidden_backward(gate, dz)
-        found.put(piece, dh, dw)
+        found.put(piece, dh, dw, g if m.w is None else None)
         if with_parameters:
             if m.scale is not None:
                 sums.add_norm(dn * gate.x, dn)
@@ -266,7 +270,7 @@ def backward_backward(
         u_h = torch.zeros_like(gate.h) if u_h is None else u_h
         second = _second(gate, u_h, None if u_w is None else u_w.index_select(0, m.k[rows]), grad, rows, sums)
         if m.w is None:
-            by_grad[rows] = second.tangent
+            by_grad[rows] = second.tangent if u_a is None else second.tangent + u_a[rows]
         else:
             by_grad[piece.segments] = _summed(second.tangent, m, piece.segments)
         found.put(piece, second.h, second.w)

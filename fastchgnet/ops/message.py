@@ -6,22 +6,23 @@ Rows are edges or angles. Row n belongs to the segments i, j and k of three tabl
     z = W SiLU(h) + b                        block by block; z = h where there is no hidden layer
     n = g * (z - mean z) / std z + c         LayerNorm, block by block; n = z where there is no norm
     m = SiLU(n_core) * sigmoid(n_gate)       [D]
-    y_i = sum of w_k * m over the rows of i; without weights the rows m themselves
+    y_i = sum of w_k * m over the rows of i; without weights the rows y_n = m themselves (+ a_n)
 
 Rows are sorted by i. AtomConv: i centre, j neighbour, k bond; BondConv: i and k the short edges of an
-angle, j its centre, a the angle's features; AngleUpdate: the same without hidden layer, weights and sum.
+angle, j its centre, a the angle's features; AngleUpdate: the same without hidden layer, weights and sum, and
+added to a.
 
 VJP, with a gradient G of y gathered by i (S is SiLU, s the sigmoid):
 
-    dm = w G                   dw = sum over k of m G
+    dm = w G                   dw = sum over k of m G;   da = G where y has a_n in it
     dn = (s(n_gate) S'(n_core), S(n_core) s'(n_gate)) dm
     dz = L(g dn)               with L(q) = (q - mean q - x mean(q x)) / std z, symmetric; x the normalised z
-    dh = S'(h) W^T dz          dP, dQ, dR = sums of dh over i, j, k;   da = A^T dh
+    dh = S'(h) W^T dz          dP, dQ, dR = sums of dh over i, j, k;   da += A^T dh
     dW = dz S(h)^T, db = sum dz, dg = sum x dn, dc = sum dn, dA = dh a^T
 
 VJP of the VJP. Cotangents of dP, dQ, dR, da are a direction u_h = u_P + u_Q + u_R + A u_a of h, one of dw
 is a direction u_w of w. Since <u, J^T G> = <G, J u>, the gradient of G is the tangent y' = sum of
-u_w m + w m', with
+u_w m + w m', and of u_a where y has a_n in it, with
 
     h' = u_h,  z' = W S'(h) h',  n' = g L(z'),
     m' = S'(n_core) s(n_gate) n'_core + S(n_core) s'(n_gate) n'_gate
@@ -75,7 +76,7 @@ class Rows(NamedTuple):
 
 
 def messages(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp: MLP, rows: Rows) -> Tensor:
-    """Gated messages of every row, summed over i where they have weights.
+    """Gated messages of every row, summed over i where they have weights, else added to the rows' features.
 
     Args:
         tables: projections [n_i, 2D], [n_j, 2D], [n_k, 2D].
@@ -116,7 +117,7 @@ def reference(m: Inputs) -> Tensor:
         z = F.layer_norm(z, z.shape[2:], eps=EPS) * m.scale + m.shift
     message = F.silu(z[:, 0]) * torch.sigmoid(z[:, 1])
     if m.w is None:
-        return message
+        return message if m.a is None else m.a + message
     return message.new_zeros(len(m.p), message.shape[1]).index_add(0, m.i, m.w[m.k] * message)
 
 

@@ -46,7 +46,8 @@ class Worker : Gate<D> {
             const int64_t row = first + r;
             const float* m = t.m + r * D;
             if (!in.w) {
-                std::memcpy(out.y + row * D, m, D * sizeof(float));
+                for (int n = 0; n < D; n += LANES)
+                    store(out.y + row * D + n, load(m + n) + (in.a ? load(in.a + row * D + n) : Vec{}));
                 continue;
             }
             float* y = out.y + in.i[row] * D;
@@ -70,7 +71,7 @@ class Worker : Gate<D> {
         normed(t.d1, t.d1, true);
         if (weight) add_linear(t.d1, t.s, true);
         hidden_backward(t.d1, t.d2);
-        put(t.d2);
+        put(t.d2, in.w ? nullptr : in.grad);
         if (angle_weight) add_angle(t.d2, in.a);
     }
 
@@ -110,7 +111,7 @@ class Worker : Gate<D> {
             by_h = t.d1;
             first_h = t.lz;
         }
-        put(by_h);
+        put(by_h, nullptr);
         if (angle_weight) {
             add_angle(by_h, in.a);
             if (in.u_a) add_angle(first_h, in.u_a);
@@ -160,7 +161,8 @@ class Worker : Gate<D> {
                 store(y, load(y) + tangent);
                 store(out.w + at.row * D + n, g * mdot);
             } else {
-                store(out.y + at.row * D + n, tangent);
+                const Vec residual = in.u_a ? load(in.u_a + at.row * D + n) : Vec{};
+                store(out.y + at.row * D + n, tangent + residual);
             }
         }
     }
@@ -192,7 +194,8 @@ class Worker : Gate<D> {
             }
     }
 
-    void put(const float* dh) {
+    // Takes gradients by h, and what a gets beside them.
+    void put(const float* dh, const float* da) {
         for (int r = 0; r < rows; r++) {
             float *p = out.p + in.i[first + r] * D2, *h = out.h + (first + r) * D2;
             for (int n = 0; n < D2; n += LANES) {
@@ -201,7 +204,10 @@ class Worker : Gate<D> {
                 store(p + n, load(p + n) + v);
             }
         }
-        if (in.a) multiply(rows, D, D2, dh, D2, in.angle_weight, D, out.a + first * D, D);
+        if (!in.a) return;
+        float* a = out.a + first * D;
+        if (da) std::memcpy(a, da + first * D, rows * D * sizeof(float));
+        multiply(rows, D, D2, dh, D2, in.angle_weight, D, a, D, da ? Start::add : Start::zero);
     }
 
     void add_linear(const float* dz, const float* s, bool with_bias) {

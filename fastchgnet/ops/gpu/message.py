@@ -109,6 +109,9 @@ def _forward_kernel(
         message *= tl.sigmoid(affine(x, m, 1, N_NORMS, D))
         if m.w is not None:
             message *= read(m.w, index[2], live, D, D)
+        elif m.a is not None:
+            # read again: the factor is rounded
+            message += read(m.a, index[3], live, D, D)
         write(out, index[3], live, message, D, D)
 
 
@@ -200,7 +203,7 @@ def _backward_kernel(
         # fmt: on
         write(found.h + D, index[3], live, dh_gate, 2 * D, D)
         if m.a is not None:
-            da = zeros(BLOCK, D)
+            da = zeros(BLOCK, D) if m.w is not None else read(grad, index[3], live, D, D)
             da, sums_core = rows_backward(dh_core, da, a_ND, rows_core, sums_core, WITH_PARAMETERS, PRECISION)
             da, sums_gate = rows_backward(dh_gate, da, a_ND, rows_gate, sums_gate, WITH_PARAMETERS, PRECISION)
             write(found.a, index[3], live, da, D, D)

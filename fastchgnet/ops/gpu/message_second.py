@@ -170,6 +170,9 @@ def _second_kernel(
             tangent += u_w * message
             n_bar_core += by_core * g * u_w
             n_bar_gate += by_gate * g * u_w
+        if m.w is None and cotangents[4] is not None:
+            # read again: the factor is rounded
+            tangent += read(cotangents[4], row, live, D, D)
         write(found.tangent, row, live, tangent, D, D)
         # fmt: off
         h_bar_core, sums_core = _branch_down(
