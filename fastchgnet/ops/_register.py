@@ -49,9 +49,12 @@ class Family:
         backward_backward: (cotangents, grad, *inputs), cotangents of the features' gradients, None where
             zero -> gradients of grad, of each feature and of each parameter.
         shape: (*inputs) -> an empty output, for tracing.
-        n_outputs: how many tensors forward returns. Where there are several, they come as a tuple, and so
-            does grad, with None for an output that nothing depends on; backward_backward then returns as
-            many gradients of grad.
+        n_outputs: how many tensors forward returns, at most. Where that is more than one, they come as a
+            tuple, None and the last ones missing where there are fewer, which callers see as empty tensors;
+            grad is a tuple too, with None for an output that nothing depends on, and backward_backward
+            returns as many gradients of grad.
+        vanishes: (*inputs) -> numbers of the features and parameters that the VJP is constant in, for which
+            backward_backward returns None.
     """
 
     def __init__(
@@ -65,16 +68,17 @@ class Family:
         backward_backward: _Function,
         shape: _Function,
         n_outputs: int = 1,
+        vanishes: Callable[..., Sequence[int]] = lambda *inputs: (),
     ) -> None:
         """Register the three ops."""
         self.n_features = len(features)
         self.n_derivatives = len(features) + len(parameters)
-        self.n_outputs = n_outputs
+        self.n_outputs, self.vanishes = n_outputs, vanishes
         inputs = ", ".join([*features, *parameters, *constants])
         cotangents = ", ".join(f"Tensor? u{n}" for n in range(self.n_features))
         optional = "" if n_outputs == 1 else "?"
         grads = ", ".join(f"Tensor{optional} grad{n}" for n in range(n_outputs))
-        self.forward = _op(name, f"({inputs}) -> {_tensors(n_outputs)}", forward)
+        self.forward = _op(name, f"({inputs}) -> {_tensors(n_outputs)}", self._zeroth(forward))
         self.backward = _op(
             f"{name}_backward",
             f"(bool with_parameters, {grads}, {inputs}) -> {_tensors(self.n_derivatives)}",
@@ -95,9 +99,15 @@ class Family:
 
     def on_cuda(self, forward: _Function, backward: _Function, backward_backward: _Function) -> None:
         """Use other bodies, of the same signatures, for tensors on CUDA."""
-        self.forward.register_kernel("cuda")(forward)
+        self.forward.register_kernel("cuda")(self._zeroth(forward))
         self.backward.register_kernel("cuda")(self._first(backward))
         self.backward_backward.register_kernel("cuda")(self._second(backward_backward))
+
+    def _zeroth(self, body: _Function) -> _Function:
+        """Make a library op of a forward function."""
+        if self.n_outputs == 1:
+            return body
+        return lambda *inputs: _filled(body(*inputs), self.n_outputs, inputs)
 
     def _first(self, body: _Function) -> _Function:
         """Make a library op of a backward function."""
@@ -121,7 +131,10 @@ class Family:
     def _apart(self, given: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         """Tell gradients of the output, or of the outputs, from inputs."""
         grads, inputs = given[: self.n_outputs], given[self.n_outputs :]
-        return (grads[0] if self.n_outputs == 1 else grads), inputs
+        if self.n_outputs == 1:
+            return grads[0], inputs
+        # the gradient of an output that is not there is as empty as that
+        return tuple(None if g is None or g.shape == (0,) else g for g in grads), inputs
 
     def _register_shapes(self, shape: _Function) -> None:
         def backward(with_parameters: bool, grad: Any, *inputs: Any) -> list[Tensor | None]:
@@ -129,9 +142,11 @@ class Family:
 
         def second(cotangents: tuple, grad: Any, *inputs: Any) -> list[Tensor | None]:
             grads = grad if self.n_outputs > 1 else (grad,)
-            return _like((*grads, *inputs[: self.n_derivatives]))
+            none = self.vanishes(*inputs)
+            by_inputs = [None if k in none else t for k, t in enumerate(inputs[: self.n_derivatives])]
+            return _like((*grads, *by_inputs))
 
-        self.forward.register_fake(shape)
+        self.forward.register_fake(self._zeroth(shape))
         self.backward.register_fake(self._first(backward))
         self.backward_backward.register_fake(self._second(second))
 
@@ -204,6 +219,7 @@ def _wanted(
     """Gradients of the inputs that need one; None for the others."""
     wanted: list[Tensor | None] = [None] * len(inputs)
     for k, gradient in enumerate(found):
-        if inputs[k] is not None and needed[k]:
+        missing = inputs[k] is None or (inputs[k].numel() and not gradient.numel())
+        if needed[k] and not missing:
             wanted[k] = gradient
     return tuple(wanted)
