@@ -1,0 +1,135 @@
+"""Triton bodies of the geometry against the PyTorch ones, at every level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from interpreted import DEVICE
+from test_ops_geometry import arguments
+from torch import Tensor
+
+from fastchgnet.ops import geometry as op
+from fastchgnet.ops.gpu import geometry as kernels
+from fastchgnet.ops.gpu import runtime
+
+# a few roundings of float32, in inner products of which a single one may cancel
+FLOAT32 = 1e-6
+
+# one tile of 128 bonds and several, and tiles that hold short edges but no bond
+sizes = pytest.mark.parametrize(
+    ("n_bonds", "n_short"), [(0, 0), (1, 0), (1, 1), (128, 64), (129, 129), (300, 40)]
+)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let whatever a kernel forgets to write be seen."""
+    new_empty = Tensor.new_empty
+
+    def filled(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        made = new_empty(self, *size, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", filled)
+
+
+def levels(
+    bodies: tuple[Callable, Callable, Callable], given: list[Tensor], drawn: list[Tensor]
+) -> list[Tensor | None]:
+    """Results of all three levels, with a gradient of one output, of the other and of both."""
+    forward, backward, second = bodies
+    by_distance, by_edge, cotangent = drawn
+    found = [*forward(*given)]
+    for grads in ((by_distance, by_edge), (by_distance, None), (None, by_edge)):
+        found += [*backward(False, grads, *given), *second((cotangent,), grads, *given)]
+    return found
+
+
+def moved(tensors: list[Tensor], dtype: torch.dtype, device: str) -> list[Tensor]:
+    return [t.detach().to(device, dtype if t.is_floating_point() else None) for t in tensors]
+
+
+def case(n_bonds: int, n_short: int) -> tuple[list[Tensor], list[Tensor]]:
+    torch.manual_seed(n_bonds)
+    drawn = [torch.randn(n, k) for n, k in ((n_bonds, 1), (2 * n_short, 3), (n_bonds, 3))]
+    return moved(arguments(n_bonds, n_short), torch.float32, "cpu"), drawn
+
+
+KERNELS = (kernels.forward, kernels.backward, kernels.backward_backward)
+PYTORCH = (op.reference, op._backward, op._backward_backward)
+
+
+@sizes
+def test_all_levels_are_those_of_pytorch(n_bonds: int, n_short: int) -> None:
+    given, drawn = case(n_bonds, n_short)
+    exact = levels(PYTORCH, moved(given, torch.float64, "cpu"), moved(drawn, torch.float64, "cpu"))
+    single = [moved(tensors, torch.float32, DEVICE) for tensors in (given, drawn)]
+    found, again = (levels(KERNELS, *single) for _ in range(2))
+    for one, other, expected in zip(found, again, exact, strict=True):
+        if expected is None:
+            assert one is None
+            continue
+        assert one.shape == expected.shape and one.dtype == torch.float32
+        assert torch.equal(one, other)
+        assert (one.cpu() - expected).norm() <= FLOAT32 * expected.norm()
+
+
+def test_bonds_of_no_length_have_no_direction() -> None:
+    given, drawn = (moved(tensors, torch.float32, DEVICE) for tensors in case(7, 3))
+    given[0][[1, 5]] = 0
+    # their short edges are left out, so that every gradient is zero
+    drawn[1].fill_(0)
+    distance, _ = kernels.forward(*given)
+    (first,) = kernels.backward(False, drawn[:2], *given)
+    by_distance, _, by_vector = kernels.backward_backward(drawn[2:], drawn[:2], *given)
+    for found in (distance, first, by_distance, by_vector):
+        assert found.isfinite().all() and (found[[1, 5]] == 0).all() and (found[0] != 0).any()
+
+
+def test_inputs_may_lie_anywhere() -> None:
+    given, drawn = (moved(tensors, torch.float32, DEVICE) for tensors in case(20, 6))
+    apart = [
+        torch.stack([t, t], dim=-1).select(-1, 0) if t.is_floating_point() else t for t in (*given, *drawn)
+    ]
+    assert not apart[0].is_contiguous()
+    for one, other in zip(levels(KERNELS, given, drawn), levels(KERNELS, apart[:4], apart[4:]), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_every_level_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, launch = [], runtime.launch
+
+    def counted(*args: Any, **options: Any) -> None:
+        started.append(args[0].__name__)
+        launch(*args, **options)
+
+    monkeypatch.setattr(runtime, "launch", counted)
+    given, drawn = (moved(tensors, torch.float32, DEVICE) for tensors in case(7, 3))
+    kernels.forward(*given)
+    kernels.backward(False, drawn[:2], *given)
+    kernels.backward_backward(drawn[2:], drawn[:2], *given)
+    assert started == ["_forward_kernel", "_backward_kernel", "_second_kernel"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_the_op_takes_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, launch = [], runtime.launch
+    monkeypatch.setattr(
+        runtime, "launch", lambda *args, **options: (started.append(args[0]), launch(*args, **options))
+    )
+    vector, *constants = moved(case(300, 40)[0], torch.float32, DEVICE)
+    vector.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        distance, short_edge = op._family(vector, *constants)
+        loss = distance.square().sum() + short_edge.square().sum()
+        (first,) = torch.autograd.grad(loss, vector, create_graph=True)
+        first.square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(started) >= 3 and vector.grad.isfinite().all()

@@ -1,0 +1,55 @@
+"""The kernels of the geometry compile for A100 and H100, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_triton_bases_compile import MAX_SHARED, _compiled
+
+pytest.importorskip("triton")
+
+
+def test_kernels_compile_without_spills() -> None:
+    # this process may interpret Triton, which is decided when it is imported
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    found = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    kernels = json.loads(found.stdout)
+    assert {kernel["capability"] for kernel in kernels} == {80, 90}
+    assert len({kernel["name"] for kernel in kernels}) == 3
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= MAX_SHARED, kernel
+
+
+def main() -> None:
+    """Print what each kernel that the bodies launch takes on each GPU."""
+    import torch
+
+    from fastchgnet.ops.gpu import geometry, runtime
+
+    found = []
+
+    def launch(kernel: Any, grid: int, device: torch.device, *args: Any, **options: Any) -> None:
+        found.extend(_compiled(kernel, args, options, capability) for capability in (80, 90))
+
+    runtime.launch = launch
+    vector, distance, edge = torch.zeros(8, 3), torch.zeros(8, 1), torch.zeros(4, 3)
+    index, sign = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int8)
+    given = (vector, index, sign, index.view(2, 2))
+    geometry.forward(*given)
+    for grads in ((distance, edge), (distance, None), (None, edge)):
+        geometry.backward(False, grads, *given)
+        geometry.backward_backward((vector,), grads, *given)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
