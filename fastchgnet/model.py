@@ -13,7 +13,7 @@ pairs beyond the cutoff contribute exactly zero.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
 from fastchgnet.ops.message import MLP, Rows, Tables, messages
-from fastchgnet.ops.segments import gather, segment_sum
+from fastchgnet.ops.projection import Ends, Sent, project
+from fastchgnet.ops.segments import gather
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 D = 64
@@ -87,15 +88,34 @@ class BondFeatures(NamedTuple):
     short_BD: Tensor
     long_basis: Tensor  # [U-B, R]
     embedding_DR: Tensor
-    has_angle_U1: Tensor  # one where the bond's system has an angle; only an output bias asks for it
+    has_angle_U1: Tensor | None  # one where the bond's system has an angle; only an output bias asks for it
     long_shift_1D: Tensor | None = None  # what output biases have added to long bonds that have_angle
 
     def project(self, weight: Tensor) -> Tensor:
         """Apply a weight [K, D] to the features of every bond, [U, K]."""
-        long = F.linear(self.long_basis, weight @ self.embedding_DR)
-        if self.long_shift_1D is not None:
-            long = long + self.has_angle_U1[len(self.short_BD) :] * F.linear(self.long_shift_1D, weight)
+        long = self.shifted(self.project_long(weight), weight)
         return torch.cat([F.linear(self.short_BD, weight), long])
+
+    def project_long(self, weight: Tensor) -> Tensor:
+        """Apply a weight [K, D] to the initial features of the long bonds, [U-B, K]."""
+        return F.linear(self.long_basis, weight @ self.embedding_DR)
+
+    def shifted(self, long: Tensor, weight: Tensor) -> Tensor:
+        """Add to projected long bonds the projection of what output biases have added since, [U-B, K]."""
+        if self.has_angle_U1 is None or self.long_shift_1D is None:
+            return long
+        return long + self.has_angle_U1[len(self.short_BD) :] * F.linear(self.long_shift_1D, weight)
+
+    def biased(self, bias: Tensor) -> BondFeatures:
+        """Add the output bias of a bond convolution, [D], wherever there are angles."""
+        assert self.has_angle_U1 is not None
+        shift_1D = bias[None] if self.long_shift_1D is None else self.long_shift_1D + bias
+        short_BD = self.short_BD + self.has_angle_U1[: len(self.short_BD)] * bias
+        return self._replace(short_BD=short_BD, long_shift_1D=shift_1D)
+
+
+Projected = dict[nn.Linear, Tensor]
+"""What each projection has made of the features it reads; every one is read once, and then forgotten."""
 
 
 class AtomConv(nn.Module):
@@ -109,10 +129,10 @@ class AtomConv(nn.Module):
         self.message = GatedMLP(config)
         self.out = nn.Linear(D, D, bias=config.output_bias)
 
-    def forward(self, atom_AD: Tensor, bonds: BondFeatures, weight_UD: Tensor, edges: Rows) -> Tensor:
-        """Return the new atom features."""
-        tables = (self.center(atom_AD), self.neighbor(atom_AD), bonds.project(self.bond.weight))
-        return atom_AD + self.out(self.message(tables, weight_UD, edges))
+    def forward(self, projected: Projected, weight_UD: Tensor, edges: Rows) -> Tensor:
+        """Return the sum in brackets, [A, D]."""
+        tables = (projected.pop(self.center), projected.pop(self.neighbor), projected.pop(self.bond))
+        return self.message(tables, weight_UD, edges)
 
 
 class AngleProjections(nn.Module):
@@ -125,9 +145,9 @@ class AngleProjections(nn.Module):
         self.angle = projection(4)
         self.center = projection(4, bias=True)
 
-    def forward(self, atom_AD: Tensor, short_KD: Tensor) -> Tables:
-        """Project what angles gather: their first short edge, their centre, their second short edge."""
-        return self.bond_i(short_KD), self.center(atom_AD), self.bond_j(short_KD)
+    def forward(self, projected: Projected) -> Tables:
+        """Return what angles gather: their first short edge, their centre, their second short edge."""
+        return projected.pop(self.bond_i), projected.pop(self.center), projected.pop(self.bond_j)
 
 
 class BondConv(nn.Module):
@@ -137,23 +157,11 @@ class BondConv(nn.Module):
         super().__init__()
         self.first = AngleProjections()
         self.message = GatedMLP(config)
-        self.output_bias = config.output_bias
         self.out = nn.Linear(D, D, bias=config.output_bias)
 
-    def forward(
-        self, atom_AD: Tensor, bonds: BondFeatures, angle_TD: Tensor, weight_KD: Tensor, graph: Graph
-    ) -> BondFeatures:
-        """Return the new bond features."""
-        tables = self.first(atom_AD, gather(bonds.short_BD, graph.short_by_bond))
-        total_KD = self.message(tables, weight_KD, graph.angles, (angle_TD, self.first.angle.weight))
-        total_BD = segment_sum(weight_KD * total_KD, graph.short_by_bond)
-        short_BD = bonds.short_BD + F.linear(total_BD, self.out.weight)
-        if not self.output_bias:
-            return bonds._replace(short_BD=short_BD)
-        bias = self.out.bias
-        shift_1D = bias[None] if bonds.long_shift_1D is None else bonds.long_shift_1D + bias
-        short_BD = short_BD + bonds.has_angle_U1[: len(short_BD)] * bias
-        return bonds._replace(short_BD=short_BD, long_shift_1D=shift_1D)
+    def forward(self, projected: Projected, angle_TD: Tensor, weight_KD: Tensor, angles: Rows) -> Tensor:
+        """Return the sum over k for each short edge, [K, D]."""
+        return self.message(self.first(projected), weight_KD, angles, (angle_TD, self.first.angle.weight))
 
 
 class AngleUpdate(nn.Module):
@@ -164,10 +172,9 @@ class AngleUpdate(nn.Module):
         self.first = AngleProjections()
         self.message = GatedMLP(config, hidden=False)
 
-    def forward(self, atom_AD: Tensor, short_BD: Tensor, angle_TD: Tensor, graph: Graph) -> Tensor:
+    def forward(self, projected: Projected, angle_TD: Tensor, angles: Rows) -> Tensor:
         """Return the new angle features."""
-        tables = self.first(atom_AD, gather(short_BD, graph.short_by_bond))
-        return self.message(tables, None, graph.angles, (angle_TD, self.first.angle.weight))
+        return self.message(self.first(projected), None, angles, (angle_TD, self.first.angle.weight))
 
 
 class Graph:
@@ -177,6 +184,15 @@ class Graph:
         self.edges = Rows(batch.by_center, batch.by_neighbor, batch.by_bond)
         self.angles = Rows(batch.angle_by_i, batch.angle_by_center, batch.angle_by_j)
         self.short_by_bond = batch.short_by_bond
+        self.bond_short = batch.bond_short
+
+
+class Weights(NamedTuple):
+    """Weights of messages: functions of a distance that vanish at the cutoff."""
+
+    atom_UD: Tensor
+    bond_BD: Tensor
+    bond_KD: Tensor  # the same at the short edges
 
 
 class Features(NamedTuple):
@@ -203,10 +219,11 @@ class CHGNet(nn.Module):
         self.atom_weight = nn.Linear(config.n_radial, D, bias=False)
         self.bond_weight = nn.Linear(config.n_radial, D, bias=False)
         self.angle_embedding = nn.Linear(config.n_angular, D, bias=False)
-        self.atom_convs = nn.ModuleList(AtomConv(config) for _ in range(N_BLOCKS))
-        self.bond_convs = nn.ModuleList(BondConv(config) for _ in range(N_BLOCKS - 1))
+        # an nn.ModuleList forgets what kind of layers it holds
+        self.atom_convs: Any = nn.ModuleList(AtomConv(config) for _ in range(N_BLOCKS))
+        self.bond_convs: Any = nn.ModuleList(BondConv(config) for _ in range(N_BLOCKS - 1))
         # the published models' third angle update never reaches an output
-        self.angle_updates = nn.ModuleList(AngleUpdate(config) for _ in range(N_BLOCKS - 2))
+        self.angle_updates: Any = nn.ModuleList(AngleUpdate(config) for _ in range(N_BLOCKS - 2))
         self.magmom = nn.Linear(D, 1)
         self.readout_norm = nn.LayerNorm(D) if config.norm else nn.Identity()
         widths = (D, *config.readout_hidden)
@@ -221,38 +238,87 @@ class CHGNet(nn.Module):
             bond_vector: [U, 3], A, in the network's dtype; what forces are derivatives by.
         """
         graph = Graph(batch)
-        distance = bond_vector.norm(dim=1, keepdim=True)
-        n_short = batch.n_short_bonds
-        basis_UR = self.atom_basis(distance)
-        atom_weight_UD = self.atom_weight(basis_UR)
-        bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
-        bond_weight_KD = gather(bond_weight_BD, graph.short_by_bond)
-        short_K3 = gather(bond_vector[:n_short], graph.short_by_bond) * batch.short_sign[:, None]
-        angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
-        atom_AD = self.atom_embedding(batch.atomic_number - 1)
-        bonds = BondFeatures(
-            short_BD=self.bond_embedding(basis_UR[:n_short]),
-            long_basis=basis_UR[n_short:],
-            embedding_DR=self.bond_embedding.weight,
-            has_angle_U1=self._bond_has_angle(batch),
-        )
-        for t in range(N_BLOCKS - 1):
-            old_atom_AD, old_bonds = atom_AD, bonds
-            atom_AD = self.atom_convs[t](atom_AD, bonds, atom_weight_UD, graph.edges)
-            # the paper's Eq. 11 feeds bonds and angles from the previous block, Eq. 10 from this one
-            parallel = self.config.interaction == "parallel"
-            source_AD = old_atom_AD if parallel else atom_AD
-            bonds = self.bond_convs[t](source_AD, bonds, angle_TD, bond_weight_KD, graph)
+        weights, bonds, angle_TD, projected = self._embed(batch, bond_vector, graph)
+        bonds = self._update_bonds(0, bonds, None, graph, projected)
+        atom_AD = self._update_atoms(0, self.atom_embedding(batch.atomic_number - 1), None, projected)
+        for t, conv in enumerate(self.atom_convs[:-1]):
+            sum_AD = conv(projected, weights.atom_UD, graph.edges)
+            atom_AD = self._update_atoms(t + 1, atom_AD, sum_AD, projected)
+            sum_KD = self.bond_convs[t](projected, angle_TD, weights.bond_KD, graph.angles)
+            sent = Sent(sum_KD, weights.bond_BD, self.bond_convs[t].out.weight)
+            bonds = self._update_bonds(t + 1, bonds, sent, graph, projected)
             if t < len(self.angle_updates):
-                source_BD = (old_bonds if parallel else bonds).short_BD
-                angle_TD = self.angle_updates[t](source_AD, source_BD, angle_TD, graph)
+                angle_TD = self.angle_updates[t](projected, angle_TD, graph.angles)
         magmoms = self.magmom(atom_AD)[:, 0].abs()
-        atom_AD = self.atom_convs[-1](atom_AD, bonds, atom_weight_UD, graph.edges)
+        sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
+        atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected)
         site_energy = self.readout(self.readout_norm(atom_AD))[:, 0]
         return Features(site_energy, magmoms, atom_AD, bonds)
+
+    def _embed(
+        self, batch: Batch, bond_vector: Tensor, graph: Graph
+    ) -> tuple[Weights, BondFeatures, Tensor, Projected]:
+        """Return weights of messages, features of bonds and angles, and projections of the long bonds."""
+        distance = bond_vector.norm(dim=1, keepdim=True)
+        n_short = batch.n_short_bonds
+        bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
+        short_K3 = gather(bond_vector[:n_short], graph.short_by_bond) * batch.short_sign[:, None]
+        angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
+        basis_UR = self.atom_basis(distance)
+        short_basis, long_basis = basis_UR.split([n_short, len(basis_UR) - n_short])
+        weights = Weights(
+            self.atom_weight(basis_UR), bond_weight_BD, gather(bond_weight_BD, graph.short_by_bond)
+        )
+        bonds = BondFeatures(
+            short_BD=self.bond_embedding(short_basis),
+            long_basis=long_basis,
+            embedding_DR=self.bond_embedding.weight,
+            has_angle_U1=self._bond_has_angle(batch) if self.config.output_bias else None,
+        )
+        readers = [conv.bond for conv in self.atom_convs]
+        long = bonds.project_long(torch.cat([reader.weight for reader in readers]))
+        return weights, bonds, angle_TD, dict(zip(readers, long.split(2 * D, dim=1), strict=True))
+
+    def _update_atoms(self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected) -> Tensor:
+        """Return the atom features after t convolutions, projected for all who read those."""
+        sent = None
+        if sum_AD is not None:
+            out = self.atom_convs[t - 1].out
+            atom_AD = atom_AD if out.bias is None else atom_AD + out.bias
+            sent = Sent(sum_AD, None, out.weight)
+        block = t if self.config.interaction == "parallel" else t - 1
+        readers = [
+            layer.first.center for layer in (*_at(self.bond_convs, block), *_at(self.angle_updates, block))
+        ]
+        readers += [part for conv in _at(self.atom_convs, t) for part in (conv.center, conv.neighbor)]
+        atom_AD, tables = project(atom_AD, sent, [(reader.weight, reader.bias) for reader in readers])
+        projected.update(zip(readers, tables, strict=True))
+        return atom_AD
+
+    def _update_bonds(
+        self, t: int, bonds: BondFeatures, sent: Sent | None, graph: Graph, projected: Projected
+    ) -> BondFeatures:
+        """Return the bond features after t convolutions, projected for all who read those."""
+        if sent is not None and self.config.output_bias:
+            bonds = bonds.biased(self.bond_convs[t - 1].out.bias)
+        block = t if self.config.interaction == "parallel" else t - 1
+        layers = (*_at(self.bond_convs, t), *_at(self.angle_updates, block))
+        readers = [part for layer in layers for part in (layer.first.bond_i, layer.first.bond_j)]
+        ends = Ends(graph.bond_short, graph.short_by_bond.segment, len(readers))
+        readers.append(conv_bond := self.atom_convs[t].bond)
+        short_BD, tables = project(bonds.short_BD, sent, [(reader.weight, None) for reader in readers], ends)
+        long = bonds.shifted(projected[conv_bond], conv_bond.weight)
+        projected.update(zip(readers, tables, strict=True))
+        projected[conv_bond] = torch.cat([tables[-1], long])
+        return bonds._replace(short_BD=short_BD)
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:
         """One where the bond's system has an angle, [U, 1]; only an output bias asks for it."""
         has_angle = batch.volume.new_zeros(batch.n_systems, dtype=self.magmom.weight.dtype)
         has_angle[batch.atom_system[batch.angle_center]] = 1
         return has_angle[batch.bond_system][:, None]
+
+
+def _at(layers: Any, block: int) -> list[Any]:
+    """The layer of a block, if it has one."""
+    return [layers[block]] if 0 <= block < len(layers) else []
