@@ -141,6 +141,9 @@ class DataConfig(Section):
     )
     split_seed: int = Field(0, ge=0, description="Seed of the splits, where there is no `val`.")
     batch_size: int = Field(32, gt=0, description="Most frames in a batch.")
+    balance: Literal["lpt", "paper", "sequential"] = Field(
+        "lpt", description="How frames are divided into batches of even size; sequential leaves it to chance."
+    )
     resident: Literal["auto", "off"] = Field(
         "auto", description="Frames live in the GPU's memory where they take little of it, or are sent to it."
     )

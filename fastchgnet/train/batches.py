@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections import deque
@@ -12,17 +13,62 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fastchgnet.train.sampler import Sizes, Strategy, pack
+
 Argument = TypeVar("Argument")
 Item = TypeVar("Item")
 
 
-def epoch_batches(n_frames: int, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Cut a random order of 0..n_frames-1 into batches of nearly equal size, at most `batch_size`.
+_POOL_BATCHES = 32
+"""Batches, about, whose frames are divided among them anew: enough for even ones."""
 
-    The order depends on nothing but `seed` and `epoch`.
+_POOL_FRAMES = 2048
+"""Most frames of such a pool, about: larger batches are even as they come, and planning takes time."""
+
+
+class Batches:
+    """The batches of a run, epoch by epoch, the same on every device and for any number of processes.
+
+    An epoch is a random order of the frames, cut into pools of some batches. Each pool is divided into its
+    batches by a strategy of the sampler, and they come in random order: every frame comes once in an epoch,
+    and in any batch of its pool equally likely.
+
+    Args:
+        sizes: counts of each frame, as the sampler takes them.
+        batch_size: most frames in a batch; all have as many, but for one.
+        seed: of the run. Nothing but seed, epoch, sizes and strategy decides.
+        strategy: how a pool is divided.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(n_frames)
-    return np.array_split(order, math.ceil(n_frames / batch_size))
+
+    def __init__(self, sizes: Sizes, batch_size: int, seed: int, strategy: Strategy = "lpt") -> None:
+        self._sizes, self._seed, self._strategy = sizes, seed, strategy
+        self._n_batches = math.ceil(len(sizes) / batch_size)
+        pool = min(_POOL_BATCHES, max(1, _POOL_FRAMES // batch_size))
+        self._n_pools = max(1, round(self._n_batches / pool))
+
+    def __len__(self) -> int:
+        """Count the batches of an epoch."""
+        return self._n_batches
+
+    def epoch(self, number: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the batches of an epoch as places in `sizes`, each pool divided when its turn comes."""
+        generator = np.random.default_rng([self._seed, number])
+        cut = np.array_split(generator.permutation(len(self._sizes)), self._n_batches)
+        if self._strategy == "sequential":
+            yield from cut
+            return
+        for numbers in np.array_split(np.arange(self._n_batches), self._n_pools):
+            pool = np.concatenate(cut[numbers[0] : numbers[-1] + 1])
+            packed = pack(self._sizes[pool], len(numbers), self._strategy)
+            # Groups come with the largest frames first, or the smallest.
+            for place in generator.permutation(len(packed)):
+                yield pool[packed[place]]
+
+    def fingerprint(self) -> str:
+        """Hash what decides, so that a run is not resumed, or shared, with other batches."""
+        rule = f"1 {self._strategy} {self._seed} {self._n_batches} {self._n_pools}"  # 1: version of the rule
+        sizes = np.ascontiguousarray(self._sizes, dtype="<i8")
+        return hashlib.sha256(rule.encode() + sizes.tobytes()).hexdigest()
 
 
 def prefetch(

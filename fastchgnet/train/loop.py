@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -23,11 +24,12 @@ from fastchgnet.device import pick_device, to_device
 from fastchgnet.errors import InputError
 from fastchgnet.files import only_process, write_atomically
 from fastchgnet.loss import Tally, empty_tally, tally, total_loss
-from fastchgnet.train.batches import epoch_batches, prefetch
+from fastchgnet.train.batches import Batches, prefetch
 from fastchgnet.train.checkpoint import Progress, load_state, save_state
 from fastchgnet.train.log import RunLog, read_metrics
 from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
 from fastchgnet.train.record import CudaGraphs
+from fastchgnet.train.rooms import frame_sizes
 from fastchgnet.train.setup import (
     Frames,
     blank_potential,
@@ -150,25 +152,28 @@ class Trainer:
         self.potential = build(config, train, self.device)
         self.average = copy.deepcopy(self.potential).eval()
         self.optimizer = Optimizer(self.potential, self.average, config.optim.clip_norm)
-        train_source, self.val_source = open_sources(train, val, self.potential, config)
+        plan = train.store.header.plan
+        # sizes within the cutoffs of the store, whatever those of the model: no frame is counted again
+        sizes = frame_sizes(train.store, train.indices, plan.atom_cutoff, plan.bond_cutoff)
+        data = config.data
+        self.batches = Batches(sizes, data.batch_size, config.train.seed, data.balance)
+        train_source, self.val_source = open_sources(train, val, self.potential, config, self.batches)
         step = Step(self.potential, self.optimizer, config.loss)
         self.sums = step.sums
         captures = self.device.type == "cuda" and config.train.capture == "auto"
         self.take_step = Steps(step, train_source, CudaGraphs() if captures else None)
-        self.progress = Progress(frames=train.fingerprint())
+        self.progress = Progress(frames=f"{train.fingerprint()} {self.batches.fingerprint()}")
         if state is not None:
             self._restore(*state)
-        self.n_batches = math.ceil(len(train.indices) / config.data.batch_size)
         self.unchecked: Unchecked | None = None
         self.saved_at = time.monotonic()
 
     def run(self, stop: threading.Event, log: RunLog, watcher: Watcher) -> bool:
         """Train until the end, or until `stop` is set; return whether the end was reached."""
         for epoch in range(self.progress.epoch, self.config.train.epochs):
-            batches = epoch_batches(
-                len(self.train.indices), self.config.data.batch_size, self.config.train.seed, epoch
-            )[self.progress.batch :]
-            watcher.start(epoch + 1, self.config.train.epochs, sum(map(len, batches)))
+            batches = self.batches.epoch(epoch)
+            n_done = sum(map(len, itertools.islice(batches, self.progress.batch)))
+            watcher.start(epoch + 1, self.config.train.epochs, len(self.train.indices) - n_done)
             self.train_epoch(batches, stop, watcher)
             means = None if stop.is_set() else self.validate(stop)
             if means is None:
@@ -180,7 +185,9 @@ class Trainer:
             watcher.finish(row)
         return True
 
-    def train_epoch(self, batches: list[NDArray[np.int64]], stop: threading.Event, watcher: Watcher) -> None:
+    def train_epoch(
+        self, batches: Iterable[NDArray[np.int64]], stop: threading.Event, watcher: Watcher
+    ) -> None:
         """Take the remaining steps of an epoch, or those until `stop` is set."""
         self.potential.train()
         before, start = self.progress.seconds, time.perf_counter()
@@ -198,10 +205,11 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step of this run."""
-        n_warmup = round(self.config.optim.warmup_epochs * self.n_batches)
-        return learning_rate(step, self.n_batches * self.config.train.epochs, n_warmup, self.config.optim)
+        n_batches = len(self.batches)
+        n_warmup = round(self.config.optim.warmup_epochs * n_batches)
+        return learning_rate(step, n_batches * self.config.train.epochs, n_warmup, self.config.optim)
 
-    def load(self, frames: Frames, batches: list[NDArray[np.int64]]) -> Iterator[Work]:
+    def load(self, frames: Frames, batches: Iterable[NDArray[np.int64]]) -> Iterator[Work]:
         """Yield what batches of the run's training or validation frames are made from, ahead of time."""
         return prefetch(self.take_step.prepare if frames is self.train else self._prepare_val, batches)
 
@@ -295,7 +303,8 @@ class Trainer:
     def _restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
         if progress.frames != self.progress.frames:
             raise InputError(
-                f"{self.train.store.path}: not the frames that the run in {self.folder} began with"
+                f"{self.train.store.path}: not the frames that the run in {self.folder} began with, "
+                "or not in the same batches"
             )
 
         def below(prefix: str) -> dict[str, Tensor]:

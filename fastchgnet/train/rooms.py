@@ -37,17 +37,16 @@ class Room(NamedTuple):
 def frame_sizes(
     store: Store, indices: NDArray[np.int64], atom_cutoff: float, bond_cutoff: float
 ) -> NDArray[np.int64]:
-    """Count what frames need room for, [n, 5]: atoms, short bonds, long bonds, angles, candidate pairs."""
+    """Count what frames need room for, [n, 5]: atoms, edges, short bonds, angles, candidate pairs."""
     plan = store.header.plan
     if (plan.atom_cutoff, plan.bond_cutoff) == (atom_cutoff, bond_cutoff):
         sizes = store.sizes[indices].astype(np.int64)
     else:
         chunks = np.array_split(indices, math.ceil(len(indices) / _CHUNK))
         sizes = np.concatenate([graph_sizes(store.gather(c)[0], atom_cutoff, bond_cutoff) for c in chunks])
-    n_atoms, edges, short, angles = sizes.T
     cell, pbc = (torch.from_numpy(array[indices]) for array in (store.cells, store.pbc))
-    candidates = count_candidates(cell, pbc, n_atoms, atom_cutoff)
-    return np.stack([n_atoms, short, edges // 2 - short, angles, candidates], axis=1)
+    candidates = count_candidates(cell, pbc, sizes[:, 0], atom_cutoff)
+    return np.column_stack([sizes, candidates])
 
 
 class Rooms:
@@ -81,7 +80,9 @@ class Rooms:
         return Rooms(self._sizes, halves)
 
     def _needs(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.concatenate([[len(positions)], self._sizes[positions].sum(0)])
+        """Count systems, atoms, short bonds, long bonds, angles and candidate pairs of a batch."""
+        atoms, edges, short, angles, candidates = self._sizes[positions].sum(0)
+        return np.array([len(positions), atoms, short, edges // 2 - short, angles, candidates])
 
     @staticmethod
     def _room(needs: NDArray[np.int64], quantile: float) -> Room:

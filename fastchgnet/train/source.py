@@ -7,6 +7,7 @@ item, on the device and with shapes that the item's room alone decides.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -25,13 +26,13 @@ from fastchgnet.device_graph import SpareSystems, build_graph, spare_systems
 from fastchgnet.graph import Batch, Labels
 from fastchgnet.padding import pad_labels
 from fastchgnet.potential import Potential
-from fastchgnet.train.batches import epoch_batches
+from fastchgnet.train.batches import Batches
 from fastchgnet.train.resident import ResidentFrames
 from fastchgnet.train.rooms import Room, Rooms, frame_sizes
 from fastchgnet.train.setup import Frames
 
-_PLANNED_EPOCHS = 8
-"""Epochs whose batches decide the shapes; those of later ones hardly exceed them."""
+_PLANNED_BATCHES = 5000
+"""Batches, from the first of the run on, that decide the shapes; later ones hardly exceed them."""
 
 _RESIDENT_SHARE = 0.3
 """Most of the device's free memory that the frames of a store may take."""
@@ -170,27 +171,26 @@ class DeviceGraphs:
 
 
 def open_sources(
-    train: Frames, val: Frames, potential: Potential, config: RunConfig
+    train: Frames, val: Frames, potential: Potential, config: RunConfig, batches: Batches
 ) -> tuple[Source, Source]:
     """Open the sources of a run: graphs are built on the device, unless that is the CPU."""
     if potential.device.type == "cpu":
         return HostGraphs(train, potential), HostGraphs(val, potential)
-    size, run = config.data.batch_size, config.train
-    n_train, n_val = len(train.indices), len(val.indices)
-    epochs = range(min(run.epochs, _PLANNED_EPOCHS))
-    batches = (
-        [batch for epoch in epochs for batch in epoch_batches(n_train, size, run.seed, epoch)],
-        np.array_split(np.arange(n_val), math.ceil(n_val / size)),
+    of_the_run = itertools.chain.from_iterable(map(batches.epoch, range(config.train.epochs)))
+    n_val = len(val.indices)
+    planned = (
+        list(itertools.islice(of_the_run, _PLANNED_BATCHES)),
+        np.array_split(np.arange(n_val), math.ceil(n_val / config.data.batch_size)),
     )
     cutoffs = potential.config.atom_cutoff, potential.config.bond_cutoff
     resident: dict[Path, ResidentFrames | None] = {}
     sources = []
-    for frames, planned in zip((train, val), batches, strict=True):
+    for frames, to_plan_for in zip((train, val), planned, strict=True):
         store = frames.store
         if store.path not in resident:
             room_for_it = config.data.resident == "auto" and _fits_device(store, potential.device)
             resident[store.path] = ResidentFrames(store, potential.device) if room_for_it else None
-        rooms = Rooms(frame_sizes(store, frames.indices, *cutoffs), planned)
+        rooms = Rooms(frame_sizes(store, frames.indices, *cutoffs), to_plan_for)
         sources.append(DeviceGraphs(frames, potential, rooms, resident[store.path]))
     return sources[0], sources[1]
 
