@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from fastchgnet.bench.rows import Row
+    from fastchgnet.report import Table
 
 app = typer.Typer(
     help="Time ours and the published chgnet in one process, on the same frames.",
@@ -69,6 +70,7 @@ def _handler(name: str) -> Callable[..., None]:
         out: Out = None,
         as_json: Json = False,
     ) -> None:
+        from fastchgnet.bench.rows import tables
         from fastchgnet.bench.runs import run
         from fastchgnet.bench.session import Options
 
@@ -76,7 +78,7 @@ def _handler(name: str) -> Callable[..., None]:
         options = Options(
             frames, tuple(batch or ()), readouts, device, threads, rounds, seed, label, chgnet, memory
         )
-        show(run(name, options, out, lambda line: print(line, file=sys.stderr)), as_json)
+        show(run(name, options, out, lambda line: print(line, file=sys.stderr)), as_json, tables)
 
     return handler
 
@@ -86,12 +88,50 @@ for _name, _help in HELP.items():
     app.command(_name, help=_help, epilog=_example)(_handler(_name))
 
 
+@app.command(epilog="Example: fastchgnet bench balance --frames crystals.xyz --ranks 32 --batch 64 --measure")
+def balance(
+    frames: Frames,
+    ranks: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; default: 4, 8, 16, 32.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Frames of each rank; repeatable; default: 32, 64, 128.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Fit the cost to steps, and time those of the first case.")
+    ] = False,
+    readout: Annotated[ReadoutName, typer.Option(help="Of the steps.")] = ReadoutName.conservative,
+    device: Device = "cpu",
+    threads: Threads = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Times that each step is timed; the shortest counts.")
+    ] = 3,
+    seed: Seed = 0,
+    label: Label = "",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Divide global batches among ranks by every strategy, simulated, and tell how even the shares are."""
+    from fastchgnet.bench import balance as bench
+    from fastchgnet.bench.rows import append, read
+    from fastchgnet.bench.session import Options, Session
+
+    if out is not None and out.exists():
+        read(out)  # a file that takes no rows is better known now
+    options = Options(
+        frames, tuple(batch or ()), (readout.value,), device, threads, rounds, seed, label, False, False
+    )
+    session = Session(options, lambda line: print(line, file=sys.stderr))
+    rows = bench.run(session, ranks or bench.RANKS, measure)
+    if out is not None:
+        append(out, rows)
+    show(rows, as_json, bench.tables)
+
+
 @app.command(epilog="Example: fastchgnet bench plot benchmarks/results/performance-cpu.json --out steps.png")
 def plot(
     rows: Annotated[Path, typer.Argument(help="JSON list of rows from one device.")],
     out: Annotated[Path, typer.Option(help="Write this PNG.")],
 ) -> None:
-    """Draw the rows of training and inference as steps of the optimisation."""
+    """Draw the rows of training and inference as steps of the optimisation, or those of balance."""
     from fastchgnet.bench.plot import draw
 
     draw(rows, out)
@@ -105,12 +145,11 @@ def table(rows: Annotated[Path, typer.Argument(help="JSON list of rows from one 
     print(markdown(read(rows)), end="")
 
 
-def show(rows: list[Row], as_json: bool) -> None:
+def show(rows: list[Row], as_json: bool, as_tables: Callable[[Sequence[Row]], list[Table]]) -> None:
     """Print rows as JSON or as tables."""
-    from fastchgnet.bench.rows import tables
     from fastchgnet.report import print_tables
 
     if as_json:
         print(json.dumps(rows, indent=2, allow_nan=False))
     else:
-        print_tables(tables(rows))
+        print_tables(as_tables(rows))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastchgnet.bench import balance_plot
 from fastchgnet.bench.rows import Row, read
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
@@ -26,13 +27,17 @@ BASELINE = f"chgnet {CHGNET_VERSION}"
 
 
 def draw(source: Path, out: Path) -> None:
-    """Draw the training and inference rows of a file as a PNG.
+    """Draw the training and inference rows of a file, or its rows of balance, as a PNG.
 
     Raises:
         InputError: no such rows, rows of several devices, no matplotlib, or `out` cannot be written.
     """
     require_matplotlib()
-    rows = [row for row in read(source) if (row["command"], row["readout"]) in TITLES]
+    every = read(source)
+    if every and all(row["command"] == "balance" for row in every):
+        write_atomically(out, png(balance_plot.figure(every)))
+        return
+    rows = [row for row in every if (row["command"], row["readout"]) in TITLES]
     if not rows:
         raise InputError(f"{source}: no rows of training or inference")
     if len({(row["environment"]["device"], row["environment"]["threads"]) for row in rows}) > 1:

@@ -1,0 +1,220 @@
+"""How evenly the sampler divides global batches among ranks: by the cost, and by steps that were timed."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastchgnet.bench import timing
+from fastchgnet.bench.frames import ATOM_CUTOFF, BOND_CUTOFF
+from fastchgnet.bench.rows import Row, environment
+from fastchgnet.bench.session import Session
+from fastchgnet.config import Provenance, RunConfig
+from fastchgnet.data.formats import read_frames
+from fastchgnet.data.store import Store, write_store
+from fastchgnet.neighbors import graph_sizes
+from fastchgnet.prediction import systems_from_frames
+from fastchgnet.report import Table
+from fastchgnet.train.loop import Trainer
+from fastchgnet.train.rooms import Rooms, frame_sizes
+from fastchgnet.train.sampler import DEFAULT_COST, Cost, Strategy, fit_cost, share
+from fastchgnet.train.setup import Frames, reproducible
+from fastchgnet.train.source import DeviceGraphs
+
+RANKS, PER_RANK = (4, 8, 16, 32), (32, 64, 128)
+"""Cases unless others are asked for."""
+
+N_BATCHES = 50
+"""Global batches that are divided in each case."""
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+NOTE = (
+    "Simulated: global batches from epochs in random order, one after the other, are divided among ranks by "
+    "each strategy. `cv` is the standard deviation over the mean of the ranks' loads, `efficiency` mean over "
+    "largest load, means over the batches; `features` are atoms + directed edges + angles, `cost` is the sum "
+    "that the row gives. `measured`, where it was asked for, are training steps on the shares of one global "
+    "batch, run in turn on one device: CPU seconds on a CPU, wall seconds on a GPU."
+)
+
+
+def run(session: Session, ranks: Sequence[int], measure: bool) -> list[Row]:
+    """Simulate every case; with `measure`, fit the cost to timed steps and time the shares of the first case.
+
+    Raises:
+        InputError: fewer frames than the shares to be timed take.
+    """
+    options = session.options
+    cases = [(n, size) for n in ranks for size in options.batches or PER_RANK]
+    measured = measure_steps(session, *cases[0]) if measure else None
+    cost = DEFAULT_COST if measured is None else Cost(**measured["cost"])
+    sizes = graph_sizes(systems_from_frames(list(read_frames(options.frames))), ATOM_CUTOFF, BOND_CUTOFF)
+    found = []
+    for n_ranks, size in cases:
+        session.say(f"balance: {n_ranks} ranks with {size} frames each")
+        row = {
+            "command": "balance",
+            "readout": options.readouts[0] if measure else None,
+            "label": options.label,
+            "note": NOTE,
+            "options": options.as_dict(),
+            "environment": environment(session.device),
+            "case": {"ranks": n_ranks, "frames_per_rank": size, "global_batches": N_BATCHES},
+            "cost": {**cost._asdict(), "of": "operations" if measured is None else "measured steps"},
+            "strategies": simulate(sizes, n_ranks, size, cost, options.seed),
+        }
+        found.append(row)
+    if measured is not None:
+        found[0]["measured"] = measured
+    return found
+
+
+def simulate(
+    sizes: NDArray[np.int64], n_ranks: int, per_rank: int, cost: Cost, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Divide global batches by every strategy and describe how even the shares are."""
+    plans: dict[str, list[dict[str, Any]]] = {strategy: [] for strategy in STRATEGIES}
+    for batch in _global_batches(len(sizes), n_ranks * per_rank, seed):
+        loads = {"features": sizes[batch][:, [0, 1, 3]].sum(1), "cost": cost.of(sizes[batch])}
+        for strategy in STRATEGIES:
+            start = time.process_time()
+            shares = share(sizes[batch], n_ranks, strategy, cost)
+            plan: dict[str, Any] = {"milliseconds": 1e3 * (time.process_time() - start)}
+            for name, load in loads.items():
+                of_ranks = np.array([load[one].sum() for one in shares])
+                plan |= {f"{key}_{name}": value for key, value in evenness(of_ranks).items()}
+                plan |= {f"lowest_{name}": of_ranks.min(), f"highest_{name}": of_ranks.max()}
+            plans[strategy].append(plan)
+    return {strategy: _summary(done) for strategy, done in plans.items()}
+
+
+def evenness(loads: NDArray) -> dict[str, float]:
+    """Describe the loads of ranks."""
+    return {"cv": float(loads.std() / loads.mean()), "efficiency": float(loads.mean() / loads.max())}
+
+
+def _global_batches(n_frames: int, size: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    n_epochs = -(-N_BATCHES * size // n_frames)
+    order = np.concatenate([rng.permutation(n_frames) for _ in range(n_epochs)])
+    yield from order[: N_BATCHES * size].reshape(N_BATCHES, size)
+
+
+def _summary(plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the batches, the median time of planning, and the range of features batch by batch."""
+    names = [f"{key}_{load}" for load in ("features", "cost") for key in ("cv", "efficiency")]
+    ranges = ("lowest_features", "highest_features")
+    return {
+        **{name: float(np.mean([plan[name] for plan in plans])) for name in names},
+        "planning_milliseconds": float(np.median([plan["milliseconds"] for plan in plans])),
+        **{name: [int(plan[name]) for plan in plans] for name in ranges},
+    }
+
+
+def measure_steps(session: Session, n_ranks: int, per_rank: int) -> Row:
+    """Fit the cost to steps, divide a global batch by it, and time the step of every rank in turn.
+
+    Raises:
+        InputError: there are fewer frames than that.
+    """
+    readout, on_cpu = session.options.readouts[0], session.device.type == "cpu"
+    with _trainer(session, n_ranks * per_rank, readout) as trainer:
+        sizes = trainer.train.store.sizes.astype(np.int64)
+        first = share(sizes, n_ranks, "sequential")
+        session.say(f"balance: fitting the cost to {2 * n_ranks} steps of {readout} training")
+        # halves, so that what a step takes in any case can be told from what its frames take
+        batches = [*first, *(one[: len(one) // 2] for one in first if len(one) > 1)]
+        seconds = _time_steps(trainer, batches, session, on_cpu)
+        rows = np.array([[len(one), *sizes[one].sum(0)] for one in batches])
+        cost = fit_cost(rows, seconds)
+        fitted = rows[:, [0, 1, 2, 4]] @ np.array(cost[:4]) + cost.step
+        shares = {strategy: share(sizes, n_ranks, strategy, cost) for strategy in STRATEGIES}
+        session.say(f"balance: {len(STRATEGIES) * n_ranks} steps of ranks in turn")
+        times = _time_steps(trainer, [one for each in shares.values() for one in each], session, on_cpu)
+    by_strategy = dict(zip(STRATEGIES, times.reshape(len(STRATEGIES), n_ranks), strict=True))
+    return {
+        "cost": cost._asdict(),
+        "seconds_of": "cpu" if on_cpu else "wall",
+        "fit_relative_error": float(np.std(fitted / seconds - 1)),
+        "strategies": {
+            strategy: {
+                **evenness(of_ranks),
+                "seconds": of_ranks.tolist(),
+                "efficiency_cost": evenness(
+                    np.array([cost.of(sizes[one]).sum() for one in shares[strategy]])
+                )["efficiency"],
+            }
+            for strategy, of_ranks in by_strategy.items()
+        },
+    }
+
+
+@contextmanager
+def _trainer(session: Session, n_frames: int, readout: str) -> Iterator[Trainer]:
+    """Set a training run up on the first frames of the pool."""
+    workload = session.pool.workload(n_frames)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_store(workload.frames, folder / "store", Provenance(name="bench"))
+        frames = Frames(Store(folder / "store"), np.arange(n_frames))
+        values = {
+            "model": {"readout": readout},
+            "data": {"train": folder / "store"},
+            "train": {"out": folder / "run", "device": session.device.type},
+        }
+        log = logging.getLogger("fastchgnet.references")
+        log.disabled = True  # few frames may not determine all reference energies
+        trainer = Trainer(RunConfig.model_validate(values), frames, frames, session.device, None)
+        log.disabled = False
+        trainer.potential.train()
+        yield trainer
+
+
+def _time_steps(
+    trainer: Trainer, batches: Sequence[NDArray[np.int64]], session: Session, on_cpu: bool
+) -> NDArray[np.float64]:
+    """Time a step on each batch: the shortest of the rounds, since whatever disturbs a step prolongs it."""
+    source, frames = trainer.take_step.source, trainer.train
+    if isinstance(source, DeviceGraphs):
+        source.rooms = Rooms(frame_sizes(frames.store, frames.indices, ATOM_CUTOFF, BOND_CUTOFF), batches)
+    seconds = np.full((session.options.rounds, len(batches)), np.inf)
+    with reproducible(session.device):
+        for number in range(-1, session.options.rounds):
+            # The first round warms up: one step on a CPU, on a GPU two of each to record it.
+            chosen = list(batches) if number >= 0 or not on_cpu else list(batches[:1])
+            for place, work in enumerate(trainer.load(frames, chosen)):
+                if number < 0:
+                    timing.warm_up(lambda work=work: trainer.step(work), session.device)  # type: ignore[misc]
+                else:
+                    wall, cpu = timing.sample(lambda work=work: trainer.step(work), 1, session.device)  # type: ignore[misc]
+                    seconds[number, place] = cpu if on_cpu else wall
+    return seconds.min(0)
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Show the rows to a reader."""
+    header = ("ranks x frames", "strategy", "CV features", "CV cost", "efficiency", "plan ms", "measured")
+    cells = []
+    for row in rows:
+        case, measured = row["case"], row.get("measured", {}).get("strategies", {})
+        for strategy, found in row["strategies"].items():
+            cells.append(
+                (
+                    f"{case['ranks']} x {case['frames_per_rank']}",
+                    strategy,
+                    f"{found['cv_features']:.3f}",
+                    f"{found['cv_cost']:.3f}",
+                    f"{found['efficiency_cost']:.3f}",
+                    f"{found['planning_milliseconds']:.2f}",
+                    f"{measured[strategy]['efficiency']:.3f}" if measured else "—",
+                )
+            )
+    return [Table(f"simulated, cost of {rows[0]['cost']['of']}", header, cells)]
