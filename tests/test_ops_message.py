@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from fastchgnet.graph import Index
 from fastchgnet.ops import _message_torch, message
 from fastchgnet.ops._register import feature_derivatives
 from fastchgnet.ops.cpu import native
-from fastchgnet.ops.message import MLP, Inputs, Rows, messages, reference
+from fastchgnet.ops.message import MLP, Rows, messages, reference
 
 D = 4
 KINDS = ["atom", "bond", "angle", "atom without norm", "shared norm"]
@@ -47,13 +49,16 @@ def arguments(kind: str, n_rows: int = 11, dtype: torch.dtype = torch.float64, w
     )
 
 
-def flat(given: tuple) -> list[Tensor | None]:
+def flat(given: tuple) -> list[Any]:
+    """Return what the op takes of (tables, weight, rows, mlp, index)."""
     tables, weight, rows_ND, mlp, (i, j, k) = given
     return [
         *tables,
         weight,
         rows_ND,
-        *mlp,
+        mlp.packed(),
+        mlp.weight is not None,
+        0 if mlp.scale is None else len(mlp.scale),
         i.segment,
         i.start,
         j.segment,
@@ -65,8 +70,22 @@ def flat(given: tuple) -> list[Tensor | None]:
     ]
 
 
-def present(tensors: list[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None and t.requires_grad]
+def differentiable(inputs: list[Any]) -> list[Any]:
+    """Ask for derivatives by what the op can be derived by."""
+    return [t if n > 5 or t is None else t.detach().requires_grad_() for n, t in enumerate(inputs)]
+
+
+def detached(inputs: list[Any]) -> list[Any]:
+    return [t.detach() if isinstance(t, Tensor) else t for t in inputs]
+
+
+def features_of(given: tuple) -> list[Tensor]:
+    tables, weight, rows_ND, _, _ = given
+    return [t for t in (*tables, weight, rows_ND) if t is not None]
+
+
+def leaves_of(given: tuple) -> list[Tensor]:
+    return [*features_of(given), *(t for t in given[3] if t is not None)]
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 11])
@@ -74,8 +93,8 @@ def present(tensors: list[Tensor | None]) -> list[Tensor]:
 def test_values_and_gradients_are_those_of_the_reference(kind: str, n_rows: int, monkeypatch) -> None:
     monkeypatch.setattr(_message_torch, "ROWS", 3)
     given = arguments(kind, n_rows)
-    leaves = present(flat(given))
-    ours, expected = messages(*given), reference(Inputs(*flat(given)))
+    leaves = leaves_of(given)
+    ours, expected = messages(*given), reference(*given)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(expected)
     torch.testing.assert_close(
@@ -91,8 +110,7 @@ def test_values_and_gradients_are_those_of_the_reference(kind: str, n_rows: int,
 def test_second_derivatives_are_those_of_the_reference(kind: str, n_rows: int, monkeypatch) -> None:
     monkeypatch.setattr(_message_torch, "ROWS", 3)
     given = arguments(kind, n_rows)
-    inputs = flat(given)
-    leaves, features = present(inputs), present(inputs[:5])
+    leaves, features = leaves_of(given), features_of(given)
 
     def second(output: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
@@ -103,23 +121,21 @@ def test_second_derivatives_are_those_of_the_reference(kind: str, n_rows: int, m
         loss = sum(((k + 1) * f).tanh().square().sum() for k, f in enumerate(first)) + output.square().sum()
         return torch.autograd.grad(loss, [grad, *leaves])
 
-    torch.testing.assert_close(
-        second(messages(*given)), second(reference(Inputs(*inputs))), rtol=1e-8, atol=1e-10
-    )
+    torch.testing.assert_close(second(messages(*given)), second(reference(*given)), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str) -> None:
-    given = arguments(kind, 5, width=2)
-    inputs = flat(given)
-    leaves = present(inputs)
+    inputs = differentiable(flat(arguments(kind, 5, width=2)))
+    places = [n for n, t in enumerate(inputs[:6]) if t is not None]
+    leaves = [inputs[n] for n in places]
 
     def call(*values: Tensor) -> Tensor:
-        supply = iter(values)
-        return message._family(*(next(supply) if t is not None and t.requires_grad else t for t in inputs))
+        supplied = dict(zip(places, values, strict=True))
+        return message._family(*(supplied.get(n, t) for n, t in enumerate(inputs)))
 
     assert torch.autograd.gradcheck(call, leaves)
-    n_features = len(present(inputs[:5]))
+    n_features = len(leaves) - (5 in places)
 
     def first(grad: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         with feature_derivatives():
@@ -131,21 +147,20 @@ def test_gradcheck(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_library_accepts_all_three_ops(kind: str) -> None:
-    inputs = flat(arguments(kind))
+    inputs = differentiable(flat(arguments(kind)))
     family = message._family
     torch.library.opcheck(family.forward, inputs)
     grad = torch.randn_like(family(*inputs))
-    detached = [None if t is None else t.detach() for t in inputs]
-    torch.library.opcheck(family.backward, [False, grad, *detached])
-    torch.library.opcheck(family.backward, [True, grad, *detached])
-    cotangents = [None if t is None else torch.randn_like(t) for t in detached[:5]]
-    torch.library.opcheck(family.backward_backward, [*cotangents, grad, *detached])
+    constant = detached(inputs)
+    torch.library.opcheck(family.backward, [False, grad, *constant])
+    torch.library.opcheck(family.backward, [True, grad, *constant])
+    cotangents = [None if t is None else torch.randn_like(t) for t in constant[:5]]
+    torch.library.opcheck(family.backward_backward, [*cotangents, grad, *constant])
 
 
 def test_what_does_not_exist_raises() -> None:
     given = arguments("atom")
-    inputs = flat(given)
-    p, weight = inputs[0], inputs[6]
+    p, weight = given[0][0], given[3].weight
     (by_weight,) = torch.autograd.grad(messages(*given).square().sum(), weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="gradient of a parameter has no derivative"):
         by_weight.sum().backward()
@@ -166,8 +181,7 @@ def test_compiled_bodies_equal_those_in_pytorch(
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(native, "n_threads", lambda _: n_threads)
     given = arguments(kind, n_rows, torch.float32, width=16)
-    inputs = flat(given)
-    leaves, features = present(inputs), present(inputs[:5])
+    leaves, features = leaves_of(given), features_of(given)
 
     def levels() -> list[Tensor]:
         torch.manual_seed(1)

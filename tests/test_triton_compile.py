@@ -49,7 +49,7 @@ def check(kernels: list[dict[str, Any]]) -> None:
 
 def test_the_kernels_of_atoms_compile() -> None:
     kernels = compiled(["atom"], ["tf32"], [90])
-    names = {"_forward_kernel", "_backward_kernel", "_second_kernel", "_sum_kernel", "_parameters_kernel"}
+    names = {"_forward_kernel", "_backward_kernel", "_second_kernel", "_sum_kernel"}
     assert {kernel["name"] for kernel in kernels} == names
     check(kernels)
 
@@ -81,7 +81,7 @@ def _resources(kernel: Any) -> dict[str, Any]:
 def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -> list[dict[str, Any]]:
     """Call the ops up to the launches, which compile only."""
     import torch
-    from test_ops_message import arguments, flat
+    from test_ops_message import arguments, detached, flat
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -114,7 +114,7 @@ def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -
     runtime.launch = compile_only
     driver.set_active(NoDriver())
     for kind in kinds:
-        inputs = [None if t is None else t.detach() for t in flat(arguments(kind, 130, torch.float32, 64))]
+        inputs = detached(flat(arguments(kind, 130, torch.float32, 64)))
         grad = torch.zeros(5 if inputs[3] is not None else 130, 64)
         for precision in precisions:
             for NoDriver.capability in capabilities:
@@ -126,7 +126,7 @@ def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -
                     message_second.backward_backward(tuple(inputs[:5]), grad, *inputs)
                 for width in (1, 3, 9):
                     rows = torch.zeros(130, width, dtype=torch.float64)
-                    gpu_segments.segment_sum(rows, *inputs[13:16])
+                    gpu_segments.segment_sum(rows, *inputs[11:14])
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastchgnet.ops._message_inputs import EPS, Inputs
+from fastchgnet.ops._message_inputs import EPS, MLP, Inputs
 from fastchgnet.ops.segments import sum_rows
 
 ROWS = 2048
@@ -39,7 +39,7 @@ def _pieces(m: Inputs) -> Iterator[_Piece]:
         first = end
 
 
-def _gathered(tables: tuple[Any, ...], row_part: Any, m: Inputs, at: slice) -> Any:
+def _gathered(tables: tuple[Any, ...], row_part: Any, m: Inputs, angle: Any, at: slice) -> Any:
     """P_i + Q_j + R_k + A a of a piece; any part may be missing."""
     total: Any = None
     for table, index in zip(tables, (m.i, m.j, m.k), strict=True):
@@ -48,7 +48,7 @@ def _gathered(tables: tuple[Any, ...], row_part: Any, m: Inputs, at: slice) -> A
             total = rows if total is None else total.add_(rows)
     if row_part is not None:
         part = row_part[at]
-        total = part @ m.angle_weight.t() if total is None else total.addmm_(part, m.angle_weight.t())
+        total = part @ angle.t() if total is None else total.addmm_(part, angle.t())
     return total
 
 
@@ -79,14 +79,16 @@ def _linear_backward(x_2ND: Tensor, weight: Tensor) -> Tensor:
 class _Gate:
     """The gated MLP of a piece as far as the messages, and derivatives of what lies in between."""
 
-    def __init__(self, h: Tensor, m: Inputs) -> None:
-        self.m, self.h = m, h
-        self.s: Any = None if m.weight is None else F.silu(h)
-        self.z = _blocks(h).contiguous() if m.weight is None else _linear(_blocks(self.s), m.weight, m.bias)
-        if m.scale is None:
+    def __init__(self, h: Tensor, mlp: MLP) -> None:
+        self.mlp, self.h = mlp, h
+        self.s: Any = None if mlp.weight is None else F.silu(h)
+        self.z = (
+            _blocks(h).contiguous() if mlp.weight is None else _linear(_blocks(self.s), mlp.weight, mlp.bias)
+        )
+        if mlp.scale is None:
             self.n = self.z
         else:
-            self.g, c = m.scale.expand(2, -1)[:, None], m.shift.expand(2, -1)[:, None]
+            self.g, c = mlp.scale.expand(2, -1)[:, None], mlp.shift.expand(2, -1)[:, None]
             self.x, self.mean, self.rstd = torch.native_layer_norm(self.z, self.z.shape[2:], None, None, EPS)
             self.n = torch.addcmul(c, self.x, self.g)
         self.s_core, self.s_gate = torch.sigmoid(self.n).unbind()
@@ -125,7 +127,7 @@ class _Gate:
 
     def normed(self, q: Tensor) -> Tensor:
         """Apply L to q, [2, N, D]."""
-        if self.m.scale is None:
+        if self.mlp.scale is None:
             return q
         found, *_ = torch.ops.aten.native_layer_norm_backward(
             q, self.z, self.z.shape[2:], self.mean, self.rstd, None, None, (True, False, False)
@@ -137,9 +139,8 @@ class _Sums:
     """Gradients of the parameters, added up over pieces."""
 
     def __init__(self, m: Inputs) -> None:
-        parameters = (m.angle_weight, m.weight, m.bias, m.scale, m.shift)
-        zeros: list[Any] = [None if t is None else torch.zeros_like(t) for t in parameters]
-        self.angle_weight, self.weight, self.bias, self.scale, self.shift = zeros
+        self.packed = None if m.parameters is None else torch.zeros_like(m.parameters)
+        self.angle, self.weight, self.bias, self.scale, self.shift = m.unpacked(self.packed)
 
     def add_linear(self, dz: Tensor, s: Tensor, with_bias: bool = True) -> None:
         """Add dz s^T, and dz to the bias."""
@@ -153,16 +154,13 @@ class _Sums:
         for total, rows in ((self.scale, by_scale), (self.shift, by_shift)):
             total += rows.sum(1).sum_to_size(total.shape)
 
-    def tensors(self) -> list[Tensor | None]:
-        """In the order of `Inputs`."""
-        return [self.angle_weight, self.weight, self.bias, self.scale, self.shift]
 
-
-def forward(*inputs: Tensor) -> Tensor:
+def forward(*inputs: Any) -> Tensor:
     m = Inputs(*inputs)
-    out = m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.p.shape[1] // 2)
+    mlp = m.unpacked(m.parameters)
+    out = m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.width)
     for rows, segments in _pieces(m):
-        message = _Gate(_gathered((m.p, m.q, m.r), m.a, m, rows), m).message()
+        message = _Gate(_gathered((m.p, m.q, m.r), m.a, m, mlp.angle, rows), mlp).message()
         if m.w is None:
             out[rows] = message if m.a is None else message.add_(m.a[rows])
         else:
@@ -189,12 +187,11 @@ def _weighted(grad: Tensor, m: Inputs, at: slice) -> tuple[Tensor, Tensor, Tenso
 class _Gradients:
     """Gradients by rows, gathered piece by piece and then summed for the tables."""
 
-    def __init__(self, m: Inputs) -> None:
-        n, width = len(m.i), m.p.shape[1]
-        self.m = m
+    def __init__(self, m: Inputs, mlp: MLP) -> None:
+        self.m, self.angle = m, mlp.angle
         self.p = torch.empty_like(m.p)
-        self.h = m.p.new_empty(n, width)
-        self.w: Any = None if m.w is None else m.p.new_empty(n, width // 2)
+        self.h = m.p.new_empty(len(m.i), 2 * m.width)
+        self.w: Any = None if m.w is None else m.p.new_empty(len(m.i), m.width)
         self.a: Any = None if m.a is None else torch.empty_like(m.a)
 
     def put(self, piece: _Piece, dh: Tensor, dw: Any, da: Any = None) -> None:
@@ -206,9 +203,9 @@ class _Gradients:
         if self.a is not None:
             out = self.a[piece.rows]
             if da is None:
-                torch.mm(dh, self.m.angle_weight, out=out)
+                torch.mm(dh, self.angle, out=out)
             else:
-                torch.addmm(da, dh, self.m.angle_weight, out=out)
+                torch.addmm(da, dh, self.angle, out=out)
 
     def tensors(self) -> list[Tensor | None]:
         """In the order of `Inputs`."""
@@ -218,32 +215,33 @@ class _Gradients:
         return [self.p, q, r, None if self.w is None else sum_rows(self.w, m.k_start, m.k_order), self.a]
 
 
-def backward(with_parameters: bool, grad: Tensor, *inputs: Tensor) -> list[Tensor | None]:
+def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> list[Tensor | None]:
     m = Inputs(*inputs)
-    found, sums = _Gradients(m), _Sums(m)
+    mlp = m.unpacked(m.parameters)
+    found, sums = _Gradients(m, mlp), _Sums(m)
     for piece in _pieces(m):
-        gate = _Gate(_gathered((m.p, m.q, m.r), m.a, m, piece.rows), m)
+        gate = _Gate(_gathered((m.p, m.q, m.r), m.a, m, mlp.angle, piece.rows), mlp)
         g, _, dm = _weighted(grad, m, piece.rows)
         dw = None if m.w is None else g * gate.message()
         dn = torch.stack(gate.slopes()).mul_(dm)
-        dz = gate.normed(dn if m.scale is None else dn * gate.g)
+        dz = gate.normed(dn if mlp.scale is None else dn * gate.g)
         dh = _hidden_backward(gate, dz)
         found.put(piece, dh, dw, g if m.w is None else None)
         if with_parameters:
-            if m.scale is not None:
+            if mlp.scale is not None:
                 sums.add_norm(dn * gate.x, dn)
-            if m.weight is not None:
+            if mlp.weight is not None:
                 sums.add_linear(dz, _blocks(gate.s))
             if m.a is not None:
-                sums.angle_weight.addmm_(dh.t(), m.a[piece.rows])
-    return [*found.tensors(), *(sums.tensors() if with_parameters else [])]
+                sums.angle.addmm_(dh.t(), m.a[piece.rows])
+    return [*found.tensors(), *([sums.packed] if with_parameters else [])]
 
 
 def _hidden_backward(gate: _Gate, dz: Tensor) -> Tensor:
     """Gradient by h from that by z."""
-    if gate.m.weight is None:
+    if gate.mlp.weight is None:
         return dz.transpose(0, 1).reshape(gate.h.shape)
-    ds = _linear_backward(dz, gate.m.weight)
+    ds = _linear_backward(dz, gate.mlp.weight)
     return torch.ops.aten.silu_backward(ds, gate.h)
 
 
@@ -257,36 +255,39 @@ class _Second(NamedTuple):
 
 
 def backward_backward(
-    cotangents: tuple[Tensor | None, ...], grad: Tensor, *inputs: Tensor
+    cotangents: tuple[Tensor | None, ...], grad: Tensor, *inputs: Any
 ) -> list[Tensor | None]:
     m = Inputs(*inputs)
     u_p, u_q, u_r, u_w, u_a = cotangents
-    found, sums = _Gradients(m), _Sums(m)
+    mlp = m.unpacked(m.parameters)
+    found, sums = _Gradients(m, mlp), _Sums(m)
     by_grad = torch.empty_like(grad)
     for piece in _pieces(m):
         rows = piece.rows
-        gate = _Gate(_gathered((m.p, m.q, m.r), m.a, m, rows), m)
-        u_h = _gathered((u_p, u_q, u_r), u_a, m, rows)
+        gate = _Gate(_gathered((m.p, m.q, m.r), m.a, m, mlp.angle, rows), mlp)
+        u_h = _gathered((u_p, u_q, u_r), u_a, m, mlp.angle, rows)
         u_h = torch.zeros_like(gate.h) if u_h is None else u_h
-        second = _second(gate, u_h, None if u_w is None else u_w.index_select(0, m.k[rows]), grad, rows, sums)
+        second = _second(m, gate, (u_h, u_w), grad, rows, sums)
         if m.w is None:
             by_grad[rows] = second.tangent if u_a is None else second.tangent + u_a[rows]
         else:
             by_grad[piece.segments] = _summed(second.tangent, m, piece.segments)
         found.put(piece, second.h, second.w)
         if m.a is not None:
-            sums.angle_weight.addmm_(second.h.t(), m.a[rows])
+            sums.angle.addmm_(second.h.t(), m.a[rows])
             if u_a is not None:
-                sums.angle_weight.addmm_(second.first.t(), u_a[rows])
-    return [by_grad, *found.tensors(), *sums.tensors()]
+                sums.angle.addmm_(second.first.t(), u_a[rows])
+    return [by_grad, *found.tensors(), sums.packed]
 
 
-def _second(gate: _Gate, u_h: Tensor, u_w: Tensor | None, grad: Tensor, rows: slice, sums: _Sums) -> _Second:
-    m = gate.m
-    s_dot: Any = None if m.weight is None else torch.ops.aten.silu_backward(u_h, gate.h)
-    z_dot = _blocks(u_h).contiguous() if s_dot is None else _linear(_blocks(s_dot), m.weight, None)
+def _second(
+    m: Inputs, gate: _Gate, directions: tuple[Tensor, Any], grad: Tensor, rows: slice, sums: _Sums
+) -> _Second:
+    mlp, (u_h, u_w) = gate.mlp, directions
+    s_dot: Any = None if mlp.weight is None else torch.ops.aten.silu_backward(u_h, gate.h)
+    z_dot = _blocks(u_h).contiguous() if s_dot is None else _linear(_blocks(s_dot), mlp.weight, None)
     lz_dot = gate.normed(z_dot)
-    n_dot = lz_dot if m.scale is None else lz_dot * gate.g
+    n_dot = lz_dot if mlp.scale is None else lz_dot * gate.g
     slopes = torch.stack(gate.slopes())
     m_dot = (slopes * n_dot).sum(0)
 
@@ -295,17 +296,18 @@ def _second(gate: _Gate, u_h: Tensor, u_w: Tensor | None, grad: Tensor, rows: sl
     n_bar = gate.curved(n_dot, slopes).mul_(wg)
     tangent = m_dot if m.w is None else m_dot * w
     if u_w is not None:
+        u_w = u_w.index_select(0, m.k[rows])
         tangent = torch.addcmul(tangent, u_w, gate.message())
         n_bar = n_bar.addcmul_(slopes, g * u_w)
 
-    if m.scale is None:
+    if mlp.scale is None:
         z_bar, z_dot_bar = n_bar, n_dot_bar
     else:
         z_bar, z_dot_bar = gate.norm_second(n_bar, n_dot_bar, z_dot, lz_dot)
         sums.add_norm(torch.addcmul(n_bar * gate.x, lz_dot, n_dot_bar), n_bar)
     by_h, first = _hidden_backward(gate, z_bar), _hidden_backward(gate, z_dot_bar)
-    if m.weight is not None:
-        ds_dot = _linear_backward(z_dot_bar, m.weight)
+    if mlp.weight is not None:
+        ds_dot = _linear_backward(z_dot_bar, mlp.weight)
         sigmoid = torch.sigmoid(gate.h)
         curvature = (1 - sigmoid) * torch.addcmul(2 * sigmoid, gate.s, 1 - 2 * sigmoid)
         by_h = by_h.addcmul_(curvature * u_h, ds_dot)

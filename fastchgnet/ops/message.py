@@ -35,12 +35,13 @@ and the other gradients are the VJP of <G, y'> by h, w and the parameters. A ~ m
     h~ = S'(h) W^T z~ + S''(h) h' W^T z'~
     W~ = z~ S(h)^T + z'~ (S'(h) h')^T,  g~ = x n~ + L(z') n'~,  A~ = h~ a^T + (S'(h) W^T z'~) u_a^T
 
-Saved: the inputs. Everything between is computed again.
+Saved: the inputs. Everything between is computed again. The parameters that there are of A, W, b, g and c
+come as one tensor, one behind the other, so that autograd adds up one gradient and not five.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,23 +49,13 @@ from torch import Tensor
 
 from fastchgnet.graph import Index
 from fastchgnet.ops import _message_torch
-from fastchgnet.ops._message_inputs import EPS, Inputs
+from fastchgnet.ops._message_inputs import EPS, MLP, Inputs
 from fastchgnet.ops._register import Family
 from fastchgnet.ops.cpu import message as cpu_message
 from fastchgnet.ops.gpu import runtime
 
 Tables = tuple[Tensor, Tensor, Tensor]
 """Projections that rows gather: [n_i, 2D], [n_j, 2D] and [n_k, 2D], core and gate side by side."""
-
-
-class MLP(NamedTuple):
-    """Parameters of the gated MLP behind the projections; None where it has none such."""
-
-    angle: Any  # [2D, D] on row features
-    weight: Any  # [2, D, D] hidden layer of core and gate
-    bias: Any  # [2, D]
-    scale: Any  # [1 or 2, D] LayerNorm
-    shift: Any  # [1 or 2, D]
 
 
 class Rows(NamedTuple):
@@ -93,7 +84,9 @@ def messages(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp:
         *tables,
         weight,
         rows_ND,
-        *mlp,
+        mlp.packed(),
+        mlp.weight is not None,
+        0 if mlp.scale is None else len(mlp.scale),
         i.segment,
         i.start,
         j.segment,
@@ -105,27 +98,30 @@ def messages(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp:
     )
 
 
-def reference(m: Inputs) -> Tensor:
+def reference(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp: MLP, rows: Rows) -> Tensor:
     """Compute the op in plain PyTorch, differentiable to any order."""
-    h = m.p[m.i] + m.q[m.j] + m.r[m.k]
-    if m.a is not None:
-        h = h + F.linear(m.a, m.angle_weight)
+    h = tables[0][rows.i.segment] + tables[1][rows.j.segment] + tables[2][rows.k.segment]
+    if rows_ND is not None:
+        h = h + F.linear(rows_ND, mlp.angle)
     z = h.view(len(h), 2, h.shape[1] // 2)
-    if m.weight is not None:
-        z = torch.einsum("nbd,bcd->nbc", F.silu(z), m.weight) + m.bias
-    if m.scale is not None:
-        z = F.layer_norm(z, z.shape[2:], eps=EPS) * m.scale + m.shift
+    if mlp.weight is not None:
+        z = torch.einsum("nbd,bcd->nbc", F.silu(z), mlp.weight) + mlp.bias
+    if mlp.scale is not None:
+        z = F.layer_norm(z, z.shape[2:], eps=EPS) * mlp.scale + mlp.shift
     message = F.silu(z[:, 0]) * torch.sigmoid(z[:, 1])
-    if m.w is None:
-        return message if m.a is None else m.a + message
-    return message.new_zeros(len(m.p), message.shape[1]).index_add(0, m.i, m.w[m.k] * message)
+    if weight is None:
+        return message if rows_ND is None else rows_ND + message
+    weighted = weight[rows.k.segment] * message
+    return message.new_zeros(rows.i.n_segments, message.shape[1]).index_add(0, rows.i.segment, weighted)
 
 
 _family = Family(
     "messages",
     features=["Tensor p", "Tensor q", "Tensor r", "Tensor? w", "Tensor? a"],
-    parameters=[f"Tensor? {name}" for name in ("angle_weight", "weight", "bias", "scale", "shift")],
+    parameters=["Tensor? parameters"],
     constants=[
+        "bool has_hidden",
+        "int n_norms",
         "Tensor i",
         "Tensor i_start",
         "Tensor j",
@@ -148,4 +144,4 @@ _family.on_cuda(
 
 
 def _shape(m: Inputs) -> Tensor:
-    return m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.p.shape[1] // 2)
+    return m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.width)

@@ -8,21 +8,44 @@
 constexpr int TILE = 36;  // rows; a multiple of ROWS_AT_ONCE
 constexpr float EPS = 1e-5f;
 
-// As fastchgnet.ops.cpu.message lays it out: what is missing is null.
-struct Inputs {
-    const float *p, *q, *r, *w, *a;
-    const float *angle_weight, *weight, *bias, *scale, *shift;
-    const int64_t *i, *i_start, *j, *k;
+// What fastchgnet.ops.cpu.message gives: first fastchgnet.ops._message_inputs.Inputs. What is missing is null.
+struct Given {
+    const float *p, *q, *r, *w, *a, *parameters;
+    int64_t has_hidden, n_norms;
+    const int64_t *i, *i_start, *j, *j_start, *j_order, *k, *k_start, *k_order;
     const float *grad, *u_p, *u_q, *u_r, *u_w, *u_a;
-    int64_t n_segments, n_norms, n_threads;
+    int64_t n_i, n_j, n_k, n_threads, has_w, has_a;  // even tensors without elements may be null
 };
 
 struct Outputs {
-    float *y;        // the messages or their sums; for the second derivative the gradient of G
-    float *p;        // [n_i, 2D]
-    float *h, *w;    // gradients by rows, [N, 2D] and [N, D]
-    float *a;        // [N, D]
-    float *angle_weight, *weight, *bias, *scale, *shift;  // [threads, ...]; null where not asked for
+    float* y;                           // the messages or their sums; for the second derivative the gradient of G
+    float *p, *q, *r, *w, *a;           // gradients of the features
+    float *h, *w_rows;                  // gradients by rows, [N, 2D] and [N, D]
+    float* parameters;                  // null where not asked for
+};
+
+// The parameters, or their gradients, that stand one behind the other; what is missing is null.
+template <typename T>
+struct Parameters {
+    T *angle_weight = nullptr, *weight = nullptr, *bias = nullptr, *scale = nullptr, *shift = nullptr;
+    int64_t size = 0;
+
+    Parameters(const Given& in, int64_t d, T* packed) {
+        auto next = [&](bool is_there, int64_t n) {
+            T* found = packed && is_there ? packed + size : nullptr;
+            size += is_there ? n : 0;
+            return found;
+        };
+        angle_weight = next(in.has_a, 2 * d * d);
+        weight = next(in.has_hidden, 2 * d * d);
+        bias = next(in.has_hidden, 2 * d);
+        scale = next(in.n_norms, in.n_norms * d);
+        shift = next(in.n_norms, in.n_norms * d);
+    }
+};
+
+struct Inputs : Given, Parameters<const float> {
+    Inputs(const Given& in, int64_t d) : Given(in), Parameters<const float>(in, d, in.parameters) {}
 };
 
 template <int D>
@@ -31,7 +54,7 @@ struct Tile {
     alignas(64) float h[TILE * D2], sh[TILE * D2], s[TILE * D2], x[TILE * D2], n[TILE * D2], sn[TILE * D2];
     alignas(64) float core[TILE * D], m[TILE * D], slope[TILE * D2], rstd[TILE * 2];
     alignas(64) float d1[TILE * D2], d2[TILE * D2], d3[TILE * D2], u[TILE * D2], sdot[TILE * D2], zdot[TILE * D2],
-        lz[TILE * D2], mdot[TILE * D];
+        lz[TILE * D2];
     alignas(64) float weight_t[2 * D * D], angle_t[D * D2];
 };
 

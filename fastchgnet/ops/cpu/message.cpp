@@ -1,8 +1,9 @@
 // Gated messages on a CPU in single precision; the mathematics and the symbols are those of ops/message.py.
 //
-// Each thread takes whole segments of i and walks through their rows in tiles that stay in its cache.
-// Gradients of parameters are added up per thread and joined in the order of the threads.
+// Each thread takes whole segments of i and walks through their rows in tiles that stay in its cache. Gradients
+// of parameters are added up per thread and joined in the order of the threads. Then rows are summed over j and k.
 
+#include <memory>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -19,20 +20,16 @@ class Worker : Gate<D> {
     using Gate<D>::linear, Gate<D>::linear_backward, Gate<D>::messages, Gate<D>::normed, Gate<D>::silu_slope;
     using Gate<D>::slopes, Gate<D>::hidden_backward;
     const Outputs& out;
-    float *angle_weight, *weight, *bias, *scale, *shift;
+    const Parameters<float> sums;
 
   public:
-    Worker(const Inputs& in, const Outputs& out, Tile<D>& t, int64_t thread) : Gate<D>(in, t), out(out) {
-        auto mine = [&](float* all, int64_t size) { return all ? all + thread * size : nullptr; };
-        angle_weight = mine(out.angle_weight, D2 * D);
-        weight = mine(out.weight, 2 * D * D);
-        bias = mine(out.bias, D2);
-        scale = mine(out.scale, D2);
-        shift = mine(out.shift, D2);
-    }
+    Worker(const Inputs& in, const Outputs& out, Tile<D>& t, float* sums)
+        : Gate<D>(in, t), out(out), sums(in, D, sums) {}
 
     template <typename F>
     void run(int64_t from, int64_t to, F work) {
+        if (in.has_w && out.y) std::memset(out.y + from * D, 0, (to - from) * D * sizeof(float));
+        if (out.p) std::memset(out.p + from * D2, 0, (to - from) * D2 * sizeof(float));
         for (first = in.i_start[from]; first < in.i_start[to]; first += rows) {
             const int64_t left = in.i_start[to] - first;
             rows = left < TILE ? int(left) : TILE;
@@ -63,16 +60,16 @@ class Worker : Gate<D> {
             const Row at(*this, r);
             for (int n = 0; n < D; n += LANES) {
                 const Vec g = load(at.g + n), dm = in.w ? g * load(at.w + n) : g;
-                if (in.w) store(out.w + at.row * D + n, g * load(t.m + r * D + n));
+                if (in.w) store(out.w_rows + at.row * D + n, g * load(t.m + r * D + n));
                 for (int b = 0; b < D2; b += D) store(t.d1 + r * D2 + b + n, dm * load(t.slope + r * D2 + b + n));
             }
         }
-        if (scale) add_norm(t.d1, t.x, nullptr, nullptr);
+        if (sums.scale) add_norm(t.d1, nullptr, nullptr);
         normed(t.d1, t.d1, true);
-        if (weight) add_linear(t.d1, t.s, true);
+        if (sums.weight) add_linear(t.d1, t.s, true);
         hidden_backward(t.d1, t.d2);
         put(t.d2, in.w ? nullptr : in.grad);
-        if (angle_weight) add_angle(t.d2, in.a);
+        if (sums.angle_weight) add_angle(t.d2, in.a);
     }
 
     void second() {
@@ -87,7 +84,7 @@ class Worker : Gate<D> {
         }
         normed(zdot, t.lz, false);
         for (int r = 0; r < rows; r++) second_of_gate(r);
-        if (scale) add_norm(t.d1, t.x, t.d2, t.lz);
+        if (sums.scale) add_norm(t.d1, t.d2, t.lz);
         if (in.scale) {
             second_of_norm(zdot);
         } else {
@@ -95,7 +92,7 @@ class Worker : Gate<D> {
         }
         // d2 is the gradient by z', d3 the one by z
         const float *first_h = t.d2, *by_h = t.d3;
-        if (weight) {
+        if (sums.weight) {
             add_linear(t.d3, t.s, true);
             add_linear(t.d2, t.sdot, false);
         }
@@ -112,7 +109,7 @@ class Worker : Gate<D> {
             first_h = t.lz;
         }
         put(by_h, nullptr);
-        if (angle_weight) {
+        if (sums.angle_weight) {
             add_angle(by_h, in.a);
             if (in.u_a) add_angle(first_h, in.u_a);
         }
@@ -159,7 +156,7 @@ class Worker : Gate<D> {
             if (in.w) {
                 float* y = out.y + in.i[at.row] * D + n;
                 store(y, load(y) + tangent);
-                store(out.w + at.row * D + n, g * mdot);
+                store(out.w_rows + at.row * D + n, g * mdot);
             } else {
                 const Vec residual = in.u_a ? load(in.u_a + at.row * D + n) : Vec{};
                 store(out.y + at.row * D + n, tangent + residual);
@@ -212,27 +209,34 @@ class Worker : Gate<D> {
 
     void add_linear(const float* dz, const float* s, bool with_bias) {
         for (int b = 0; b < 2; b++)
-            multiply<true>(D, D, rows, dz + b * D, D2, s + b * D, D2, weight + b * D * D, D, Start::add);
-        if (with_bias) add_rows(bias, dz, nullptr);
+            multiply<true>(D, D, rows, dz + b * D, D2, s + b * D, D2, sums.weight + b * D * D, D, Start::add);
+        if (with_bias)
+            for (int b = 0; b < 2; b++) add_rows(sums.bias + b * D, b, dz, nullptr);
     }
 
     void add_angle(const float* dh, const float* a) {
-        multiply<true>(D2, D, rows, dh, D2, a + first * D, D, angle_weight, D, Start::add);
+        multiply<true>(D2, D, rows, dh, D2, a + first * D, D, sums.angle_weight, D, Start::add);
     }
 
-    void add_rows(float* sum, const float* rows_, const float* factor) {
-        for (int n = 0; n < D2; n += LANES) {
+    // Adds rows of core or gate, each element times a factor where there are factors.
+    void add_rows(float* sum, int b, const float* rows_, const float* factor) {
+        for (int n = 0; n < D; n += LANES) {
             Vec v = load(sum + n);
-            for (int r = 0; r < rows; r++)
-                v += factor ? load(rows_ + r * D2 + n) * load(factor + r * D2 + n) : load(rows_ + r * D2 + n);
+            for (int r = 0; r < rows; r++) {
+                const int c = r * D2 + b * D + n;
+                v += factor ? load(rows_ + c) * load(factor + c) : load(rows_ + c);
+            }
             store(sum + n, v);
         }
     }
 
-    void add_norm(const float* dn, const float* x, const float* dn_dot, const float* lz) {
-        add_rows(shift, dn, nullptr);
-        add_rows(scale, dn, x);
-        if (dn_dot) add_rows(scale, dn_dot, lz);
+    void add_norm(const float* dn, const float* dn_dot, const float* lz) {
+        for (int b = 0; b < 2; b++) {
+            const int64_t of = b < in.n_norms ? b * D : 0;
+            add_rows(sums.shift + of, b, dn, nullptr);
+            add_rows(sums.scale + of, b, dn, t.x);
+            if (dn_dot) add_rows(sums.scale + of, b, dn_dot, lz);
+        }
     }
 };
 
@@ -267,9 +271,9 @@ static void in_parallel(int64_t n, F work) {
 
 template <int D, typename F>
 static void in_threads(const Inputs& in, const Outputs& out, F work) {
-    const int64_t n_rows = in.i_start[in.n_segments], n = in.n_threads;
+    const int64_t n_rows = in.i_start[in.n_i], n = in.n_threads, n_parameters = out.parameters ? in.size : 0;
     auto segment = [&](int64_t part) {  // the first whose rows begin at or after this share of the rows
-        int64_t low = 0, high = in.n_segments;
+        int64_t low = 0, high = in.n_i;
         while (low < high) {
             const int64_t middle = (low + high) / 2;
             if (in.i_start[middle] * n < part * n_rows) {
@@ -278,40 +282,29 @@ static void in_threads(const Inputs& in, const Outputs& out, F work) {
                 high = middle;
             }
         }
-        return part == n ? in.n_segments : low;
+        return part == n ? in.n_i : low;
     };
-    auto share = [&](int64_t thread) {
-        auto* tile = new Tile<D>;
-        Worker<D>(in, out, *tile, thread).run(segment(thread), segment(thread + 1), work);
-        delete tile;
-    };
-    in_parallel(n, share);
+    std::vector<float> others((n - 1) * n_parameters);
+    auto sums = [&](int64_t thread) { return thread ? &others[(thread - 1) * n_parameters] : out.parameters; };
+    if (n_parameters) std::memset(out.parameters, 0, n_parameters * sizeof(float));
+    in_parallel(n, [&](int64_t thread) {
+        const std::unique_ptr<Tile<D>> tile(new Tile<D>);  // all of it is written before it is read
+        float* mine = n_parameters ? sums(thread) : nullptr;
+        Worker<D>(in, out, *tile, mine).run(segment(thread), segment(thread + 1), work);
+    });
+    for (int64_t thread = 1; thread < n && n_parameters; thread++)
+        for (int64_t at = 0; at < n_parameters; at++) out.parameters[at] += sums(thread)[at];
 }
 
-template <int D>
-static void dispatch(int level, const Inputs& in, const Outputs& out) {
-    if (level == 0) in_threads<D>(in, out, [](Worker<D>& worker) { worker.forward(); });
-    if (level == 1) in_threads<D>(in, out, [](Worker<D>& worker) { worker.backward(); });
-    if (level == 2) in_threads<D>(in, out, [](Worker<D>& worker) { worker.second(); });
-}
+// Rows [N, width] and the segments that they are summed over: order may be null, rows then stand as they are.
+struct Sum {
+    const float* rows;
+    const int64_t *order, *start;
+    int64_t n_segments, width;
+    float* out;
 
-// level: 0 forward, 1 backward, 2 its backward. Returns 0, or 1 for a width it does not know.
-extern "C" int messages(int level, int64_t width, const Inputs* in, const Outputs* out) {
-    if (width == 64) {
-        dispatch<64>(level, *in, *out);
-    } else if (width == 16) {
-        dispatch<16>(level, *in, *out);
-    } else {
-        return 1;
-    }
-    return 0;
-}
-
-// Sums over segments of rows [N, width]: order may be null, rows then stand as they are.
-extern "C" void sum_rows(const float* rows, const int64_t* order, const int64_t* start, int64_t n_segments,
-                         int64_t width, int64_t n_threads, float* out) {
-    auto share = [&](int64_t thread) {
-        for (int64_t s = n_segments * thread / n_threads; s < n_segments * (thread + 1) / n_threads; s++) {
+    void run(int64_t from, int64_t to) const {
+        for (int64_t s = from; s < to; s++) {
             float* sum = out + s * width;
             std::memset(sum, 0, width * sizeof(float));
             for (int64_t at = start[s]; at < start[s + 1]; at++) {
@@ -319,6 +312,40 @@ extern "C" void sum_rows(const float* rows, const int64_t* order, const int64_t*
                 for (int64_t n = 0; n < width; n++) sum[n] += row[n];
             }
         }
-    };
-    in_parallel(n_threads, share);
+    }
+};
+
+static void add_up(const std::vector<Sum>& wanted, int64_t n) {
+    in_parallel(n, [&](int64_t thread) {
+        for (const Sum& sum : wanted) sum.run(sum.n_segments * thread / n, sum.n_segments * (thread + 1) / n);
+    });
+}
+
+template <int D>
+static void dispatch(int level, const Inputs& in, const Outputs& out) {
+    if (level == 0) in_threads<D>(in, out, [](Worker<D>& worker) { worker.forward(); });
+    if (level == 1) in_threads<D>(in, out, [](Worker<D>& worker) { worker.backward(); });
+    if (level == 2) in_threads<D>(in, out, [](Worker<D>& worker) { worker.second(); });
+    if (level == 0) return;
+    std::vector<Sum> wanted{{out.h, in.j_order, in.j_start, in.n_j, 2 * D, out.q},
+                            {out.h, in.k_order, in.k_start, in.n_k, 2 * D, out.r}};
+    if (in.has_w) wanted.push_back({out.w_rows, in.k_order, in.k_start, in.n_k, D, out.w});
+    add_up(wanted, in.n_threads);
+}
+
+// level: 0 forward, 1 backward, 2 its backward. Returns 0, or 1 for a width it does not know.
+extern "C" int messages(int level, int64_t width, const Given* in, const Outputs* out) {
+    if (width == 64) {
+        dispatch<64>(level, Inputs(*in, 64), *out);
+    } else if (width == 16) {
+        dispatch<16>(level, Inputs(*in, 16), *out);
+    } else {
+        return 1;
+    }
+    return 0;
+}
+
+extern "C" void sum_rows(const float* rows, const int64_t* order, const int64_t* start, int64_t n_segments,
+                         int64_t width, int64_t n_threads, float* out) {
+    add_up({{rows, order, start, n_segments, width, out}}, n_threads);
 }

@@ -11,28 +11,25 @@ from torch import Tensor
 from fastchgnet.ops import _message_torch
 from fastchgnet.ops._message_inputs import Inputs
 from fastchgnet.ops.cpu import native
-from fastchgnet.ops.segments import sum_rows
 
 _WIDTHS = (16, 64)
-_POINTERS = (
-    *("p", "q", "r", "w", "a", "angle_weight", "weight", "bias", "scale", "shift"),
-    *("i", "i_start", "j", "k", "grad", "u_p", "u_q", "u_r", "u_w", "u_a"),
-)
-_SIZES = ("n_segments", "n_norms", "n_threads")
-_OUTPUTS = ("y", "p", "h", "w", "a", "angle_weight", "weight", "bias", "scale", "shift")
+_DIRECTIONS = ("grad", "u_p", "u_q", "u_r", "u_w", "u_a")
+_NUMBERS = ("n_i", "n_j", "n_k", "n_threads", "has_w", "has_a")
+_OUTPUTS = ("y", "p", "q", "r", "w", "a", "h", "w_rows", "parameters")
 
 
-class _Inputs(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in _POINTERS] + [(n, ctypes.c_int64) for n in _SIZES]
+class _Given(ctypes.Structure):
+    # every field takes eight bytes: addresses and numbers
+    _fields_ = [(name, ctypes.c_int64) for name in (*Inputs._fields, *_DIRECTIONS, *_NUMBERS)]
 
 
 class _Outputs(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in _OUTPUTS]
+    _fields_ = [(name, ctypes.c_int64) for name in _OUTPUTS]
 
 
 def _library(m: Inputs) -> ctypes.CDLL | None:
     """Return the compiled bodies where they know these inputs."""
-    known = m.p.device.type == "cpu" and m.p.dtype == torch.float32 and m.p.shape[1] // 2 in _WIDTHS
+    known = m.p.device.type == "cpu" and m.p.dtype == torch.float32 and m.width in _WIDTHS
     return native.library() if known else None
 
 
@@ -42,9 +39,8 @@ def forward(*inputs: Any) -> Tensor:
     library = _library(m)
     if library is None:
         return _message_torch.forward(*inputs)
-    width = m.p.shape[1] // 2
-    y = m.p.new_empty(len(m.i), width) if m.w is None else m.p.new_zeros(len(m.p), width)
-    _call(library, 0, m, {}, {"y": y})
+    y = m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.width)
+    _call(library, 0, m, (), [y])
     return y
 
 
@@ -54,9 +50,7 @@ def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> list[Tensor |
     library = _library(m)
     if library is None:
         return _message_torch.backward(with_parameters, grad, *inputs)
-    outputs = _row_gradients(m) | (_parameter_gradients(m) if with_parameters else {})
-    _call(library, 1, m, {"grad": grad}, outputs)
-    return _collected(m, outputs, with_parameters)
+    return _gradients(library, 1, m, (grad,), None, with_parameters)
 
 
 def backward_backward(cotangents: tuple[Any, ...], grad: Tensor, *inputs: Any) -> list[Tensor | None]:
@@ -65,67 +59,38 @@ def backward_backward(cotangents: tuple[Any, ...], grad: Tensor, *inputs: Any) -
     library = _library(m)
     if library is None:
         return _message_torch.backward_backward(cotangents, grad, *inputs)
-    directions = dict(zip(("u_p", "u_q", "u_r", "u_w", "u_a"), cotangents, strict=True))
-    y = torch.empty_like(grad) if m.w is None else torch.zeros_like(grad)
-    outputs = {"y": y, **_row_gradients(m), **_parameter_gradients(m)}
-    _call(library, 2, m, {"grad": grad, **directions}, outputs)
-    return [y, *_collected(m, outputs, True)]
+    y = m.p.new_empty(grad.shape)
+    return [y, *_gradients(library, 2, m, (grad, *cotangents), y, True)]
 
 
-def _row_gradients(m: Inputs) -> dict[str, Any]:
-    n, width = len(m.i), m.p.shape[1] // 2
-    return {
-        "p": torch.zeros_like(m.p),
-        "h": m.p.new_empty(n, 2 * width),
-        "w": None if m.w is None else m.p.new_empty(n, width),
-        "a": None if m.a is None else torch.empty_like(m.a),
-    }
+def _gradients(
+    library: ctypes.CDLL, level: int, m: Inputs, directions: tuple[Any, ...], y: Any, with_parameters: bool
+) -> list[Tensor | None]:
+    """Make and fill gradients of the features and, if asked, of the parameters."""
+    n = len(m.i)
+    found = [None if t is None else m.p.new_empty(t.shape) for t in m[:5]]
+    rows = [m.p.new_empty(n, 2 * m.width), None if m.w is None else m.p.new_empty(n, m.width)]
+    by_parameters = None
+    if with_parameters and m.parameters is not None:
+        by_parameters = m.p.new_empty(m.parameters.shape)
+    _call(library, level, m, directions, [y, *found, *rows, by_parameters])
+    return [*found, by_parameters]
 
 
-def _parameter_gradients(m: Inputs) -> dict[str, Any]:
-    """Room for the sums of every thread."""
-    n_threads, width = native.n_threads(len(m.i)), m.p.shape[1] // 2
-
-    def room(like: Any, *shape: int) -> Any:
-        return None if like is None else m.p.new_zeros(n_threads, *shape)
-
-    return {
-        "angle_weight": room(m.angle_weight, 2 * width, width),
-        "weight": room(m.weight, 2, width, width),
-        "bias": room(m.bias, 2, width),
-        "scale": room(m.scale, 2, width),
-        "shift": room(m.shift, 2, width),
-    }
-
-
-def _call(library: ctypes.CDLL, level: int, m: Inputs, directions: dict, outputs: dict) -> None:
-    given = {name: t for name, t in (m._asdict() | directions).items() if name in _POINTERS}
+def _call(library: ctypes.CDLL, level: int, m: Inputs, directions: tuple[Any, ...], outputs: list) -> None:
+    missing = [None] * (len(_DIRECTIONS) - len(directions))
     # contiguous copies must outlive the call
-    tensors = {name: None if t is None else t.contiguous() for name, t in given.items()}
-    sizes = {
-        "n_segments": len(m.p),
-        "n_norms": 0 if m.scale is None else len(m.scale),
-        "n_threads": native.n_threads(len(m.i)),
-    }
-    inputs = _Inputs(**{name: native.pointer(t) for name, t in tensors.items()}, **sizes)
-    results = _Outputs(**{name: native.pointer(t) for name, t in outputs.items()})
+    given = [t.contiguous() if isinstance(t, Tensor) else t for t in (*m, *directions, *missing)]
+    lengths = (len(m.p), len(m.q), len(m.r), native.n_threads(len(m.i)))
     status = library.messages(
-        level, ctypes.c_int64(m.p.shape[1] // 2), ctypes.byref(inputs), ctypes.byref(results)
+        level,
+        ctypes.c_int64(m.width),
+        ctypes.byref(_Given(*map(_word, given), *lengths, m.w is not None, m.a is not None)),
+        ctypes.byref(_Outputs(*map(_word, outputs))),
     )
     assert status == 0, "a width that the compiled body does not know"
 
 
-def _collected(m: Inputs, found: dict[str, Any], with_parameters: bool) -> list[Tensor | None]:
-    """Sum gradients of rows for the tables and those of parameters over threads; in the order of `Inputs`."""
-    q = sum_rows(found["h"], m.j_start, m.j_order)
-    r = sum_rows(found["h"], m.k_start, m.k_order)
-    w = None if m.w is None else sum_rows(found["w"], m.k_start, m.k_order)
-    features = [found["p"], q, r, w, found["a"]]
-    if not with_parameters:
-        return features
-    parameters = {n: found[n] for n in ("angle_weight", "weight", "bias", "scale", "shift")}
-    sums: dict[str, Any] = {name: None if t is None else t.sum(0) for name, t in parameters.items()}
-    for name in ("scale", "shift"):
-        if sums[name] is not None:
-            sums[name] = sums[name].sum_to_size(getattr(m, name).shape)
-    return [*features, *sums.values()]
+def _word(value: Any) -> int:
+    """Return the address of a tensor, zero for what is missing, or the number itself."""
+    return value.data_ptr() if isinstance(value, Tensor) else value or 0

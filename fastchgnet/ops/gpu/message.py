@@ -3,14 +3,13 @@
 
 A program takes tiles of rows in turn and does the whole op on each in registers: no intermediate of a row
 reaches memory. Rows of results are summed for all tables by a second launch; a program's share of the
-parameters' gradients is one of [programs] rows that a third adds up in the programs' order.
+parameters' gradients is one of [programs] rows that a third adds up.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -78,7 +77,7 @@ class Gradients(NamedTuple):
     h: Any  # [N, 2D]
     w: Any  # [N, D]
     a: Any  # [N, D]
-    parameters: Any  # [programs, rows of all parameters, D]
+    parameters: Any  # [programs, number of parameters]
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -156,7 +155,7 @@ def _backward_kernel(
     m,
     found,
     n_rows,
-    N_PARAMETER_ROWS: tl.constexpr,
+    N_PARAMETERS: tl.constexpr,
     N_NORMS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -208,44 +207,18 @@ def _backward_kernel(
             da, sums_gate = rows_backward(dh_gate, da, a_ND, rows_gate, sums_gate, WITH_PARAMETERS, PRECISION)
             write(found.a, index[3], live, da, D, D)
     if WITH_PARAMETERS:
-        out = found.parameters + tl.program_id(0) * N_PARAMETER_ROWS * D
+        out = found.parameters + tl.program_id(0) * N_PARAMETERS
         write_sums(out, m, sums_core, sums_gate, N_NORMS, D)
-
-
-@triton.jit(do_not_specialize=["n_programs"])
-def _parameters_kernel(
-    shares,
-    parameters,
-    n_programs,
-    SIZES: tl.constexpr,
-    N_ELEMENTS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add up a block of the parameters' gradients over programs."""
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = zeros(PROGRAMS, BLOCK)
-    for first in range(0, n_programs, PROGRAMS):
-        program = first + tl.arange(0, PROGRAMS)
-        mask = (program < n_programs)[:, None] & (element < N_ELEMENTS)[None, :]
-        total += tl.load(shares + program[:, None] * N_ELEMENTS + element[None, :], mask=mask, other=0.0)
-    total = tl.sum(total, 0)
-    for t in tl.static_range(len(SIZES)):
-        if parameters[t] is not None:
-            tl.store(parameters[t] + element, total, mask=(element >= 0) & (element < SIZES[t]))
-            element -= SIZES[t]
 
 
 class Launch:
     """Kernels of one op call: what they all take, and the sums that follow them."""
 
     def __init__(self, inputs: tuple[Any, ...]) -> None:
-        contiguous: list[Any] = [None if t is None else t.contiguous() for t in inputs]
+        contiguous: Any = (t.contiguous() if isinstance(t, Tensor) else t for t in inputs)
         self.m = m = Inputs(*contiguous)
-        self.n_rows, self.width = len(m.i), m.p.shape[1] // 2
-        self.n_norms = 0 if m.scale is None else len(m.scale)
-        self.parameters = (m.angle_weight, m.weight, m.bias, m.scale, m.shift)
-        self.n_parameter_rows = sum(t.numel() for t in self.parameters if t is not None) // self.width
+        self.n_rows, self.width = len(m.i), m.width
+        self.n_parameters = 0 if m.parameters is None else m.parameters.numel()
 
     def rows(self, width: int) -> Tensor:
         """Make [N, width]."""
@@ -260,13 +233,14 @@ class Launch:
     def gradients(self, tile: Tile, with_parameters: bool, with_tangent: bool) -> Gradients:
         """Make what a kernel writes."""
         m, d = self.m, self.width
-        shape = (self.n_programs(tile), self.n_parameter_rows, d)
         return Gradients(
             self.rows(d) if with_tangent else None,
             self.rows(2 * d),
             None if m.w is None else self.rows(d),
             None if m.a is None else self.rows(d),
-            m.p.new_empty(shape) if with_parameters and self.n_parameter_rows else None,
+            m.p.new_empty(self.n_programs(tile), self.n_parameters)
+            if with_parameters and self.n_parameters
+            else None,
         )
 
     def run(self, kernel: Any, tile: Tile, *args: Any, **constants: Any) -> None:
@@ -278,7 +252,7 @@ class Launch:
             *args,
             self.n_rows,
             **constants,
-            N_NORMS=self.n_norms,
+            N_NORMS=self.m.n_norms,
             D=self.width,
             BLOCK=tile.rows,
             PRECISION=runtime.current_precision(),
@@ -289,10 +263,10 @@ class Launch:
     def kernel_inputs(self) -> Rows:
         """What kernels read."""
         m = self.m
-        return Rows(*m[:10], m.i, m.j, m.k)
+        return Rows(*m[:5], *m.unpacked(m.parameters), m.i, m.j, m.k)
 
     def sums(self, found: Gradients) -> list[Tensor | None]:
-        """Sum rows: gradients of G, unless there is none, and of the features."""
+        """Sum rows and shares: gradients of G, unless there is none, of features and parameters."""
         m = self.m
         wanted = [
             (found.h, m.i_start, None),
@@ -306,36 +280,16 @@ class Launch:
             wanted.append((found.tangent, m.i_start, None))
         sums = sum_all(wanted)
         by_grad = [] if found.tangent is None else [sums.pop() if summed else found.tangent]
-        return [*by_grad, *sums[:3], sums[3] if m.w is not None else None, found.a]
-
-    def parameter_sums(self, shares: Tensor | None) -> list[Tensor | None]:
-        """Add up what programs found."""
-        if shares is None:
-            return []
-        found = tuple(None if t is None else torch.empty_like(t) for t in self.parameters)
-        n_elements = shares[0].numel()
-        runtime.launch(
-            _parameters_kernel,
-            triton.cdiv(n_elements, 128),
-            shares.device,
-            shares,
-            found,
-            len(shares),
-            SIZES=tuple(0 if t is None else t.numel() for t in found),
-            N_ELEMENTS=n_elements,
-            PROGRAMS=32,
-            BLOCK=128,
-            num_warps=4,
-        )
-        return list(found)
+        by_parameters = None if found.parameters is None else found.parameters.sum(0)
+        return [*by_grad, *sums[:3], sums[3] if m.w is not None else None, found.a, by_parameters]
 
 
 def fits(inputs: tuple[Any, ...]) -> bool:
     """Tell whether the kernels take features of this width."""
-    return Inputs(*inputs).p.shape[1] // 2 in WIDTHS
+    return Inputs(*inputs).width in WIDTHS
 
 
-def forward(*inputs: Tensor) -> Tensor:
+def forward(*inputs: Any) -> Tensor:
     if not fits(inputs):
         return _message_torch.forward(*inputs)
     launch = Launch(inputs)
@@ -346,7 +300,7 @@ def forward(*inputs: Tensor) -> Tensor:
     return sum_all([(rows_ND, launch.m.i_start, None)])[0]
 
 
-def backward(with_parameters: bool, grad: Tensor, *inputs: Tensor) -> list[Tensor | None]:
+def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> list[Tensor | None]:
     if not fits(inputs):
         return _message_torch.backward(with_parameters, grad, *inputs)
     launch = Launch(inputs)
@@ -357,6 +311,6 @@ def backward(with_parameters: bool, grad: Tensor, *inputs: Tensor) -> list[Tenso
         grad.contiguous(),
         launch.kernel_inputs(),
         found,
-        N_PARAMETER_ROWS=launch.n_parameter_rows,
+        N_PARAMETERS=launch.n_parameters,
     )
-    return [*launch.sums(found), *launch.parameter_sums(found.parameters)]
+    return launch.sums(found)

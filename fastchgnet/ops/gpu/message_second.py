@@ -128,7 +128,7 @@ def _second_kernel(
     m,
     found,
     n_rows,
-    N_PARAMETER_ROWS: tl.constexpr,
+    N_PARAMETERS: tl.constexpr,
     N_NORMS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -193,18 +193,18 @@ def _second_kernel(
             a_bar, sums_gate = rows_backward(h_bar_gate, a_bar, a_ND, rows_gate, sums_gate, True, PRECISION)
             write(found.a, row, live, a_bar, D, D)
     if found.parameters is not None:
-        out = found.parameters + tl.program_id(0) * N_PARAMETER_ROWS * D
+        out = found.parameters + tl.program_id(0) * N_PARAMETERS
         write_sums(out, m, sums_core, sums_gate, N_NORMS, D)
 
 
 def backward_backward(
-    cotangents: tuple[Tensor | None, ...], grad: Tensor, *inputs: Tensor
+    cotangents: tuple[Tensor | None, ...], grad: Tensor, *inputs: Any
 ) -> list[Tensor | None]:
     if not fits(inputs):
         return _message_torch.backward_backward(cotangents, grad, *inputs)
     launch = Launch(inputs)
     # eight matrices and all sums leave room for a smaller tile
-    tile = SECOND if launch.m.a is None or launch.m.weight is None else SECOND_OF_BONDS
+    tile = SECOND_OF_BONDS if launch.m.a is not None and launch.m.has_hidden else SECOND
     found = launch.gradients(tile, with_parameters=True, with_tangent=True)
     directions: tuple[Any, ...] = tuple(None if u is None else u.contiguous() for u in cotangents)
     launch.run(
@@ -214,6 +214,6 @@ def backward_backward(
         grad.contiguous(),
         launch.kernel_inputs(),
         found,
-        N_PARAMETER_ROWS=launch.n_parameter_rows,
+        N_PARAMETERS=launch.n_parameters,
     )
-    return [*launch.sums(found), *launch.parameter_sums(found.parameters)]
+    return launch.sums(found)
