@@ -239,7 +239,7 @@ def _parameters_kernel(
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = zeros(TILES, BLOCK)
     for first in range(0, n_tiles, TILES):
-        tile = first + tl.arange(0, TILES)
+        tile = (first + tl.arange(0, TILES)).to(tl.int64)
         mask = (tile < n_tiles)[:, None] & (element < N)[None, :]
         total += tl.load(shares + tile[:, None] * STRIDE + element[None, :], mask=mask, other=0.0)
     tl.store(out + element, tl.sum(total, 0), mask=element < N)
