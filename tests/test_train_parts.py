@@ -140,7 +140,7 @@ def test_batches_are_even_but_for_those_left_to_chance() -> None:
     for strategy in ("sequential", "paper", "lpt"):
         rows = np.array([SIZES[batch].sum(0) for batch in Batches(SIZES, 8, 0, strategy).epoch(0)])
         spread[strategy] = (rows.std(0) / rows.mean(0)).max()
-    assert 4 * spread["lpt"] < 2 * spread["paper"] < spread["sequential"]
+    assert 2 * spread["lpt"] < spread["paper"] < spread["sequential"]
 
 
 def test_any_batch_may_have_the_largest_frame() -> None:
@@ -150,6 +150,18 @@ def test_any_batch_may_have_the_largest_frame() -> None:
         batches = Batches(SIZES[:64], 8, 0, strategy)
         places = [next(k for k, batch in enumerate(batches.epoch(e)) if largest in batch) for e in range(60)]
         assert set(places) == set(range(8))  # by chance one of the eight is missing in 0.3% of seeds
+
+
+@pytest.mark.parametrize("strategy", ["paper", "lpt"])
+def test_frames_meet_others_in_every_epoch(strategy: Strategy) -> None:
+    """A small set is one pool, and sizes alone would divide it in the same way each time."""
+    batches = Batches(SIZES[:128], 8, 0, strategy)
+    together = np.zeros((128, 128), int)
+    for epoch in range(40):
+        for batch in batches.epoch(epoch):
+            together[np.ix_(batch, batch)] += 1
+    # by chance 2.2 times on average, and more than 16 times for one pair in 10^9
+    assert together[np.triu_indices(128, 1)].max() <= 16
 
 
 def test_other_batches_have_another_fingerprint() -> None:

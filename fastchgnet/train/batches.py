@@ -25,6 +25,9 @@ _POOL_BATCHES = 32
 _POOL_FRAMES = 2048
 """Most frames of such a pool, about: larger batches are even as they come, and planning takes time."""
 
+_NOISE = 0.25
+"""Of the sizes by which frames are sorted: enough that no two frames meet more often than by chance."""
+
 
 class Batches:
     """The batches of a run, epoch by epoch, the same on every device and for any number of processes.
@@ -59,8 +62,9 @@ class Batches:
             return
         for numbers in np.array_split(np.arange(self._n_batches), self._n_pools):
             pool = np.concatenate(cut[numbers[0] : numbers[-1] + 1])
-            packed = pack(self._sizes[pool], len(numbers), self._strategy)
-            # Groups come with the largest frames first, or the smallest.
+            noise = generator.uniform(1 - _NOISE, 1 + _NOISE, len(pool))
+            packed = pack(self._sizes[pool], len(numbers), self._strategy, noise)
+            # in random order, since the first ones tend to hold the largest frames
             for place in generator.permutation(len(packed)):
                 yield pool[packed[place]]
 

@@ -88,30 +88,41 @@ def share(
         ranks. Numbers of frames may differ, those of `lpt` are at most 1.25 times an even share, rounded up.
     """
     most = np.full(n_ranks, math.ceil(_SLACK * len(sizes) / n_ranks))
-    return _divide(sizes, most, strategy, cost)
+    if strategy == "lpt":
+        return _longest_first(_loads(sizes, cost), most, np.ones(len(sizes)))
+    return pack(sizes, n_ranks, strategy)
 
 
 def pack(
-    sizes: Sizes, n_batches: int, strategy: Strategy = "lpt", cost: Cost = DEFAULT_COST
+    sizes: Sizes, n_batches: int, strategy: Strategy = "lpt", noise: NDArray[np.float64] | None = None
 ) -> list[NDArray[np.int64]]:
-    """Divide frames among batches with as many frames, but for one; return their places, ascending."""
+    """Divide frames among batches of equal numbers of frames, but for one.
+
+    Args:
+        sizes: of the frames.
+        n_batches: number of batches.
+        strategy: how they are divided.
+        noise: [n] random factors of the sizes by which frames are sorted, and of nothing else: without them
+            the same frames would always meet again.
+
+    Returns:
+        For each batch the places of its frames in `sizes`, ascending.
+    """
     n_frames = len(sizes)
-    most = n_frames // n_batches + (np.arange(n_batches) < n_frames % n_batches)
-    return _divide(sizes, most, strategy, cost)
-
-
-def _divide(sizes: Sizes, most: NDArray[np.int64], strategy: Strategy, cost: Cost) -> list[NDArray[np.int64]]:
-    """Divide frames among groups of at most so many each."""
+    noise = np.ones(n_frames) if noise is None else noise
     if strategy == "sequential":
-        return np.array_split(np.arange(len(sizes)), len(most))
+        return np.array_split(np.arange(n_frames), n_batches)
     if strategy == "paper":
-        return _smallest_with_largest(sizes, len(most))
-    return _longest_first(_loads(sizes, cost), most)
+        return _smallest_with_largest(sizes, n_batches, noise)
+    most = n_frames // n_batches + (np.arange(n_batches) < n_frames % n_batches)
+    return _longest_first(_loads(sizes, DEFAULT_COST), most, noise)
 
 
-def _smallest_with_largest(sizes: Sizes, n_groups: int) -> list[NDArray[np.int64]]:
+def _smallest_with_largest(
+    sizes: Sizes, n_groups: int, noise: NDArray[np.float64]
+) -> list[NDArray[np.int64]]:
     """Deal pairs; of those in the middle, too few for a pair each, every group gets as many, but for one."""
-    order = np.argsort(sizes[:, [0, 1, 3]].sum(1), kind="stable")
+    order = np.argsort(noise * sizes[:, [0, 1, 3]].sum(1), kind="stable")
     n_paired = len(order) // (2 * n_groups) * n_groups
     smallest, largest = order[:n_paired], order[::-1][:n_paired]
     middle = order[n_paired : len(order) - n_paired]
@@ -130,13 +141,18 @@ def _loads(sizes: Sizes, cost: Cost) -> NDArray[np.float64]:
     return np.rint(table * (weight * _SCALE / table.sum(0).clip(1)))
 
 
-def _longest_first(loads: NDArray[np.float64], most: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Place the frames, the largest first, where the sum of squares of the loads grows least."""
+def _longest_first(
+    loads: NDArray[np.float64], most: NDArray[np.int64], noise: NDArray[np.float64]
+) -> list[NDArray[np.int64]]:
+    """Place the frames, the largest first, in the group whose load has the smallest product with theirs.
+
+    There the sum over the groups of their squared loads grows least. A full group takes no more.
+    """
     taken = np.zeros((len(most), loads.shape[1]))
     full = np.where(most > 0, 0.0, np.inf)
     score = np.empty(len(most))
     groups: list[list[int]] = [[] for _ in most]
-    order = np.argsort(-loads.sum(1), kind="stable")
+    order = np.argsort(-noise * loads.sum(1), kind="stable")
     for frame, load in zip(order.tolist(), loads[order], strict=True):
         np.dot(taken, load, out=score)
         score += full
