@@ -78,14 +78,6 @@ def test_wider_networks(d: int) -> None:
     check(inputs_of(17, 3, True, d))
 
 
-@pytest.mark.parametrize("n_tiles", [1, 32, 33, 70])
-def test_shares_of_tiles_are_added(n_tiles: int) -> None:
-    # elements behind the last parameter fill up rows and hold anything
-    shares, out = torch.randn(n_tiles, 160, device=DEVICE), torch.empty(131, device=DEVICE)
-    gpu_readout._add_shares(shares, out)
-    torch.testing.assert_close(out.double(), shares.double().sum(0)[:131], rtol=0, atol=1e-5)
-
-
 def test_an_atom_s_results_do_not_depend_on_those_behind_it() -> None:
     features, *others = inputs_of(40, 3, True)
     both = (gpu_readout.forward(v, *others, True) for v in (features, features[:21]))
@@ -104,7 +96,7 @@ def test_other_widths_are_pytorch_s(widths: list[int], monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("n_rows", [0, 100])
-def test_launches_are_few_whatever_the_rows(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_launch_each_whatever_the_rows(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
 
     def launch(kernel: Any, *args: Any, **options: Any) -> None:
@@ -113,14 +105,10 @@ def test_launches_are_few_whatever_the_rows(n_rows: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(runtime, "launch", launch)
     inputs = inputs_of(n_rows, 3, True)
     grads = drawn(inputs[0])
-    for call, expected in (
-        (lambda: gpu_readout.forward(*inputs, True), 1),
-        (lambda: gpu_readout.backward(False, *grads, *inputs), 1),
-        (lambda: gpu_readout.backward(True, *grads, *inputs), 2),
-    ):
-        started.clear()
-        call()
-        assert len(started) == expected
+    gpu_readout.forward(*inputs, True)
+    gpu_readout.backward(False, *grads, *inputs)
+    gpu_readout.backward(True, *grads, *inputs)
+    assert started == ["_forward_kernel", "_backward_kernel", "_backward_kernel"]
 
 
 @pytest.mark.gpu
@@ -156,4 +144,4 @@ def test_the_op_takes_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     y = readout.fused_readout(features, parameters, *constants)
     (slope,) = torch.autograd.grad(y.sum(), features, create_graph=True)
     (y.sum() + slope.square().sum()).backward()
-    assert set(started) == {"_forward_kernel", "_backward_kernel", "_parameters_kernel"}
+    assert set(started) == {"_forward_kernel", "_backward_kernel"}

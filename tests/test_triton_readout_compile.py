@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = {"_forward_kernel", "_backward_kernel", "_parameters_kernel"}
+KERNELS = {"_forward_kernel", "_backward_kernel"}
 MAX_SHARED = 160 * 1024  # bytes that a program may take on an A100
 # Bytes of a thread, by whether there is a norm: without one, the pass of a direct step spills on an A100.
 MAX_SPILLED = {True: 0, False: 512}

@@ -2,8 +2,8 @@
 """Triton bodies of `fastchgnet.ops.readout` in fp32; symbols as there.
 
 A program takes a tile of atoms through all layers, up and down again, in registers. The gradients of the
-parameters that a tile leads to are one row of [tiles, parameters], 3 KB for each atom; a second launch
-adds them up in the order of the tiles. Adding up in registers instead would spill.
+parameters that a tile leads to are one row of [tiles, parameters], 3 KB for each atom, and PyTorch adds
+them up in a fixed order. Adding up in registers instead would spill.
 """
 
 from __future__ import annotations
@@ -231,20 +231,6 @@ def _backward_kernel(
         write(by_features, row, live, by_v, D, D)
 
 
-@triton.jit(do_not_specialize=["n_tiles"])
-def _parameters_kernel(
-    shares, out, n_tiles, N: tl.constexpr, STRIDE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Add up a block of the parameters' gradients over tiles."""
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = zeros(TILES, BLOCK)
-    for first in range(0, n_tiles, TILES):
-        tile = (first + tl.arange(0, TILES)).to(tl.int64)
-        mask = (tile < n_tiles)[:, None] & (element < N)[None, :]
-        total += tl.load(shares + tile[:, None] * STRIDE + element[None, :], mask=mask, other=0.0)
-    tl.store(out + element, tl.sum(total, 0), mask=element < N)
-
-
 def _fits(features: Tensor, widths: Sequence[int]) -> bool:
     """Tell whether the kernels take layers of these widths."""
     return features.shape[1] in WIDTHS and all(width == features.shape[1] for width in widths)
@@ -299,29 +285,9 @@ def backward(
         inputs = (features, parameters, widths, has_norm)
         return _readout_torch.backward(with_parameters, by_y, by_slope, *inputs)
     by_features = features.new_empty(0 if by_slope is None else features.shape)
-    by_parameters = parameters.new_empty(len(parameters) if with_parameters else 0)
-    stride = triton.cdiv(len(parameters), 32) * 32  # rows begin where wide stores may
+    n = len(parameters)
+    stride = triton.cdiv(n, 32) * 32  # rows begin where wide stores may
     shares = features.new_empty(_n_tiles(len(features)), stride) if with_parameters else None
     tensors = (features, parameters, by_y, by_slope, by_features, shares)
     _launch(_backward_kernel, tensors, has_norm, len(widths), STRIDE=stride)
-    if shares is not None:
-        _add_shares(shares, by_parameters)
-    return by_features, by_parameters
-
-
-def _add_shares(shares: Tensor, out: Tensor) -> None:
-    """Add up what the tiles lead to."""
-    n_tiles, stride = shares.shape
-    runtime.launch(
-        _parameters_kernel,
-        triton.cdiv(len(out), 128),
-        out.device,
-        shares,
-        out,
-        n_tiles,
-        N=len(out),
-        STRIDE=stride,
-        TILES=32,
-        BLOCK=128,
-        num_warps=4,
-    )
+    return by_features, parameters.new_empty(0) if shares is None else shares[:, :n].sum(0)
