@@ -12,7 +12,7 @@ import pytest
 from crystals import crystals
 from test_sampler import made_up
 
-from fastchgnet.bench.balance import STRATEGIES, evenness, simulate
+from fastchgnet.bench.balance import STRATEGIES, evenness, fillers, simulate
 from fastchgnet.cli import main
 from fastchgnet.train.sampler import DEFAULT_COST
 
@@ -55,12 +55,20 @@ def test_equal_frames_need_no_sampler() -> None:
         assert plan["efficiency_features"] == 1 and plan["cv_features"] == 0
 
 
+def test_even_batches_need_fewer_fillers() -> None:
+    found = fillers(made_up(600), 16, seed=0)
+    for kind in ("atoms", "short_bonds", "long_bonds", "angles"):
+        shares = [found[strategy][kind] for strategy in ("lpt", "paper", "sequential")]
+        assert shares == sorted(shares) and shares[0] > 0 and shares[2] < 1
+
+
 def test_rows_plot_and_table(file, monkeypatch, capsys) -> None:
     args = ("--frames", file, "--batch", 2, "--out", "rows.json", "--label", "here")
     status, out, _ = program(monkeypatch, capsys, "balance", *args, "--ranks", 2, "--ranks", 4, "--json")
     rows = json.loads(Path("rows.json").read_text())
     assert status == 0 and json.loads(out) == rows
     assert [row["case"]["ranks"] for row in rows] == [2, 4]
+    assert ["fillers" in row for row in rows] == [True, False]
     for row in rows:
         assert row["command"] == "balance" and row["label"] == "here" and "measured" not in row
         assert row["cost"]["of"] == "operations" and set(row["strategies"]) == set(STRATEGIES)

@@ -20,9 +20,11 @@ from fastchgnet.bench.session import Session
 from fastchgnet.config import Provenance, RunConfig
 from fastchgnet.data.formats import read_frames
 from fastchgnet.data.store import Store, write_store
+from fastchgnet.device_graph import count_candidates
 from fastchgnet.neighbors import graph_sizes
 from fastchgnet.prediction import systems_from_frames
 from fastchgnet.report import Table
+from fastchgnet.train.batches import Batches
 from fastchgnet.train.loop import Trainer
 from fastchgnet.train.rooms import Rooms, frame_sizes
 from fastchgnet.train.sampler import DEFAULT_COST, Cost, Strategy, fit_cost, share
@@ -35,14 +37,19 @@ RANKS, PER_RANK = (4, 8, 16, 32), (32, 64, 128)
 N_BATCHES = 50
 """Global batches that are divided in each case."""
 
+N_EPOCHS = 8
+"""Epochs whose batches are padded."""
+
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 NOTE = (
     "Simulated: global batches from epochs in random order, one after the other, are divided among ranks by "
     "each strategy. `cv` is the standard deviation over the mean of the ranks' loads, `efficiency` mean over "
     "largest load, means over the batches; `features` are atoms + directed edges + angles, `cost` is the sum "
-    "that the row gives. `measured`, where it was asked for, are training steps on the shares of one global "
-    "batch, run in turn on one device: CPU seconds on a CPU, wall seconds on a GPU."
+    "that the row gives. `fillers`, once for each number of frames, are the padded rows without content, as "
+    "shares, where one GPU trains on batches of so many frames. `measured`, where it was asked for, are "
+    "training steps on the shares of one global batch, run in turn on one device: CPU seconds on a CPU, wall "
+    "seconds on a GPU."
 )
 
 
@@ -56,8 +63,10 @@ def run(session: Session, ranks: Sequence[int], measure: bool) -> list[Row]:
     cases = [(n, size) for n in ranks for size in options.batches or PER_RANK]
     measured = measure_steps(session, *cases[0]) if measure else None
     cost = DEFAULT_COST if measured is None else Cost(**measured["cost"])
-    sizes = graph_sizes(systems_from_frames(list(read_frames(options.frames))), ATOM_CUTOFF, BOND_CUTOFF)
-    found = []
+    systems = systems_from_frames(read_frames(options.frames))
+    sizes = graph_sizes(systems, ATOM_CUTOFF, BOND_CUTOFF)
+    candidates = count_candidates(systems.cell, systems.pbc, sizes[:, 0], ATOM_CUTOFF)
+    found: list[Row] = []
     for n_ranks, size in cases:
         session.say(f"balance: {n_ranks} ranks with {size} frames each")
         row = {
@@ -71,6 +80,8 @@ def run(session: Session, ranks: Sequence[int], measure: bool) -> list[Row]:
             "cost": {**cost._asdict(), "of": "operations" if measured is None else "measured steps"},
             "strategies": simulate(sizes, n_ranks, size, cost, options.seed),
         }
+        if n_ranks == cases[0][0]:
+            row["fillers"] = fillers(np.column_stack([sizes, candidates]), size, options.seed)
         found.append(row)
     if measured is not None:
         found[0]["measured"] = measured
@@ -94,6 +105,23 @@ def simulate(
                 plan |= {f"lowest_{name}": of_ranks.min(), f"highest_{name}": of_ranks.max()}
             plans[strategy].append(plan)
     return {strategy: _summary(done) for strategy, done in plans.items()}
+
+
+def fillers(sizes: NDArray[np.int64], batch_size: int, seed: int) -> dict[str, dict[str, float]]:
+    """Share of fillers among the rows of padded batches, by strategy and kind, and the number of shapes."""
+    found: dict[str, dict[str, float]] = {}
+    for strategy in STRATEGIES:
+        batches = Batches(sizes, batch_size, seed, strategy)
+        made = [batch for epoch in range(N_EPOCHS) for batch in batches.epoch(epoch)]
+        rooms = Rooms(sizes, made)
+        capacities = [room.capacity for room in map(rooms, made) if room is not None]
+        atoms, edges, short, angles, _ = sum(sizes[batch].sum(0) for batch in made)
+        real = {"atoms": atoms, "short_bonds": short, "long_bonds": edges // 2 - short, "angles": angles}
+        found[strategy] = {
+            name: 1 - int(count) / sum(getattr(capacity, name) for capacity in capacities)
+            for name, count in real.items()
+        } | {"shapes": len(rooms.rooms)}
+    return found
 
 
 def evenness(loads: NDArray) -> dict[str, float]:
@@ -217,4 +245,14 @@ def tables(rows: Sequence[Row]) -> list[Table]:
                     f"{measured[strategy]['efficiency']:.3f}" if measured else "—",
                 )
             )
-    return [Table(f"simulated, cost of {rows[0]['cost']['of']}", header, cells)]
+    kinds = ("atoms", "short_bonds", "long_bonds", "angles")
+    padded = [
+        (f"{row['case']['frames_per_rank']}", strategy, *(f"{100 * found[kind]:.1f}%" for kind in kinds))
+        for row in rows
+        for strategy, found in row.get("fillers", {}).items()
+    ]
+    of_padding = ("frames", "strategy", *(kind.replace("_", " ") for kind in kinds))
+    return [
+        Table(f"simulated, cost of {rows[0]['cost']['of']}", header, cells),
+        Table("fillers among the rows of padded batches, on one GPU", of_padding, padded),
+    ]

@@ -21,7 +21,7 @@ MARKERS = "osD^v"
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Draw the range of the ranks' features over the batches of the first row, and the efficiency of all."""
+    """Draw the range of the ranks' features, batch by batch, of the first row, and the efficiency of all."""
     drawn = new_figure(2)
     _ranges(drawn.axes[0], rows[0])
     _efficiencies(drawn.axes[1], rows)
@@ -46,16 +46,17 @@ def _efficiencies(axes: Axes, rows: Sequence[Row]) -> None:
     sizes = sorted({row["case"]["frames_per_rank"] for row in rows})
     for name, (color, label) in LOOKS.items():
         for marker, size in zip(MARKERS, sizes, strict=False):
-            of_size = sorted(
-                (row["case"]["ranks"], row["strategies"][name]["efficiency_cost"])
+            reached = {  # of two rows of one case the last counts
+                row["case"]["ranks"]: row["strategies"][name]["efficiency_cost"]
                 for row in rows
                 if row["case"]["frames_per_rank"] == size
-            )
-            axes.plot(*zip(*of_size, strict=True), color=color, marker=marker, ms=4, lw=1.4)
+            }
+            ranks = sorted(reached)
+            axes.plot(ranks, [reached[n] for n in ranks], color=color, marker=marker, ms=4, lw=1.4)
         axes.plot([], [], color=color, lw=1.4, label=label)
         for row in (row for row in rows if "measured" in row):
-            reached = row["measured"]["strategies"][name]["efficiency"]
-            axes.plot(row["case"]["ranks"], reached, "*", color=color, ms=11, mec=INK, mew=0.7)
+            measured = row["measured"]["strategies"][name]["efficiency"]
+            axes.plot(row["case"]["ranks"], measured, "*", color=color, ms=11, mec=INK, mew=0.7)
     for marker, size in zip(MARKERS, sizes, strict=False):
         axes.plot([], [], marker, color=INK, ms=4, label=f"{size} frames each")
     if any("measured" in row for row in rows):
