@@ -57,7 +57,7 @@ class Batches:
         """Yield the batches of an epoch as places in `sizes`, each pool divided when its turn comes."""
         generator = np.random.default_rng([self._seed, number])
         cut = np.array_split(generator.permutation(len(self._sizes)), self._n_batches)
-        if self._strategy == "sequential":
+        if self._strategy == "sequential" or self._n_pools == self._n_batches:
             yield from cut
             return
         for numbers in np.array_split(np.arange(self._n_batches), self._n_pools):
