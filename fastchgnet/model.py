@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
+from fastchgnet.ops.geometry import geometry
 from fastchgnet.ops.message import MLP, Rows, Tables, messages
 from fastchgnet.ops.projection import Ends, Sent, project
+from fastchgnet.ops.readout import readout
 from fastchgnet.ops.segments import gather
+from fastchgnet.ops.tail import with_tail
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 D = 64
@@ -93,18 +96,15 @@ class BondFeatures(NamedTuple):
 
     def project(self, weight: Tensor) -> Tensor:
         """Apply a weight [K, D] to the features of every bond, [U, K]."""
-        long = self.shifted(self.project_long(weight), weight)
-        return torch.cat([F.linear(self.short_BD, weight), long])
+        return self.with_long(F.linear(self.short_BD, weight), weight)
 
-    def project_long(self, weight: Tensor) -> Tensor:
-        """Apply a weight [K, D] to the initial features of the long bonds, [U-B, K]."""
-        return F.linear(self.long_basis, weight @ self.embedding_DR)
-
-    def shifted(self, long: Tensor, weight: Tensor) -> Tensor:
-        """Add to projected long bonds the projection of what output biases have added since, [U-B, K]."""
+    def with_long(self, short_BK: Tensor, weight: Tensor) -> Tensor:
+        """Append the projections of the long bonds to those of the short ones, [U, K]."""
+        projected_UK = with_tail(short_BK, self.long_basis, weight @ self.embedding_DR)
         if self.has_angle_U1 is None or self.long_shift_1D is None:
-            return long
-        return long + self.has_angle_U1[len(self.short_BD) :] * F.linear(self.long_shift_1D, weight)
+            return projected_UK
+        is_long = torch.arange(len(projected_UK), device=weight.device)[:, None] >= len(short_BK)
+        return projected_UK + is_long * self.has_angle_U1 * F.linear(self.long_shift_1D, weight)
 
     def biased(self, bias: Tensor) -> BondFeatures:
         """Add the output bias of a bond convolution, [D], wherever there are angles."""
@@ -238,7 +238,8 @@ class CHGNet(nn.Module):
             bond_vector: [U, 3], A, in the network's dtype; what forces are derivatives by.
         """
         graph = Graph(batch)
-        weights, bonds, angle_TD, projected = self._embed(batch, bond_vector, graph)
+        projected: Projected = {}
+        weights, bonds, angle_TD = self._embed(batch, bond_vector, graph)
         bonds = self._update_bonds(0, bonds, None, graph, projected)
         atom_AD = self._update_atoms(0, self.atom_embedding(batch.atomic_number - 1), None, projected)
         for t, conv in enumerate(self.atom_convs[:-1]):
@@ -252,17 +253,14 @@ class CHGNet(nn.Module):
         magmoms = self.magmom(atom_AD)[:, 0].abs()
         sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
         atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected)
-        site_energy = self.readout(self.readout_norm(atom_AD))[:, 0]
+        site_energy = readout(atom_AD, self.readout_norm, self.readout)
         return Features(site_energy, magmoms, atom_AD, bonds)
 
-    def _embed(
-        self, batch: Batch, bond_vector: Tensor, graph: Graph
-    ) -> tuple[Weights, BondFeatures, Tensor, Projected]:
-        """Return weights of messages, features of bonds and angles, and projections of the long bonds."""
-        distance = bond_vector.norm(dim=1, keepdim=True)
+    def _embed(self, batch: Batch, bond_vector: Tensor, graph: Graph) -> tuple[Weights, BondFeatures, Tensor]:
+        """Return the weights of messages, and the features of bonds and angles before the first block."""
+        distance, short_K3 = geometry(bond_vector, batch)
         n_short = batch.n_short_bonds
         bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
-        short_K3 = gather(bond_vector[:n_short], graph.short_by_bond) * batch.short_sign[:, None]
         angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
         basis_UR = self.atom_basis(distance)
         short_basis, long_basis = basis_UR.split([n_short, len(basis_UR) - n_short])
@@ -275,9 +273,7 @@ class CHGNet(nn.Module):
             embedding_DR=self.bond_embedding.weight,
             has_angle_U1=self._bond_has_angle(batch) if self.config.output_bias else None,
         )
-        readers = [conv.bond for conv in self.atom_convs]
-        long = bonds.project_long(torch.cat([reader.weight for reader in readers]))
-        return weights, bonds, angle_TD, dict(zip(readers, long.split(2 * D, dim=1), strict=True))
+        return weights, bonds, angle_TD
 
     def _update_atoms(self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected) -> Tensor:
         """Return the atom features after t convolutions, projected for all who read those."""
@@ -307,9 +303,8 @@ class CHGNet(nn.Module):
         ends = Ends(graph.bond_short, graph.short_by_bond.segment, len(readers))
         readers.append(conv_bond := self.atom_convs[t].bond)
         short_BD, tables = project(bonds.short_BD, sent, [(reader.weight, None) for reader in readers], ends)
-        long = bonds.shifted(projected[conv_bond], conv_bond.weight)
         projected.update(zip(readers, tables, strict=True))
-        projected[conv_bond] = torch.cat([tables[-1], long])
+        projected[conv_bond] = bonds.with_long(projected[conv_bond], conv_bond.weight)
         return bonds._replace(short_BD=short_BD)
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:

@@ -219,7 +219,9 @@ def _wanted(
     """Gradients of the inputs that need one; None for the others."""
     wanted: list[Tensor | None] = [None] * len(inputs)
     for k, gradient in enumerate(found):
-        missing = inputs[k] is None or (inputs[k].numel() and not gradient.numel())
+        missing = (
+            inputs[k] is None or gradient.numel() != inputs[k].numel() or gradient.ndim != inputs[k].ndim
+        )
         if needed[k] and not missing:
             wanted[k] = gradient
     return tuple(wanted)
