@@ -44,9 +44,7 @@ def test_simulated_shares_are_those_of_the_sampler() -> None:
     efficiency = [found[strategy]["efficiency_cost"] for strategy in ("sequential", "paper", "lpt")]
     assert efficiency == sorted(efficiency) and efficiency[0] > 0.5 and efficiency[2] > 0.99
     for plan in found.values():
-        assert all(
-            low <= high for low, high in zip(plan["lowest_features"], plan["highest_features"], strict=True)
-        )
+        assert all(low <= high for low, high in zip(*plan["features"], strict=True))
 
 
 def test_equal_frames_need_no_sampler() -> None:

@@ -80,6 +80,9 @@ def run(session: Session, ranks: Sequence[int], measure: bool) -> list[Row]:
             "cost": {**cost._asdict(), "of": "operations" if measured is None else "measured steps"},
             "strategies": simulate(sizes, n_ranks, size, cost, options.seed),
         }
+        if found:
+            for plan in row["strategies"].values():
+                del plan["features"]  # drawn for the first case only
         if n_ranks == cases[0][0]:
             row["fillers"] = fillers(np.column_stack([sizes, candidates]), size, options.seed)
         found.append(row)
@@ -139,11 +142,10 @@ def _global_batches(n_frames: int, size: int, seed: int) -> Iterator[NDArray[np.
 def _summary(plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over the batches, the median time of planning, and the range of features batch by batch."""
     names = [f"{key}_{load}" for load in ("features", "cost") for key in ("cv", "efficiency")]
-    ranges = ("lowest_features", "highest_features")
     return {
         **{name: float(np.mean([plan[name] for plan in plans])) for name in names},
         "planning_milliseconds": float(np.median([plan["milliseconds"] for plan in plans])),
-        **{name: [int(plan[name]) for plan in plans] for name in ranges},
+        "features": [[int(plan[f"{end}_features"]) for plan in plans] for end in ("lowest", "highest")],
     }
 
 

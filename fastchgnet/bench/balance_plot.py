@@ -34,7 +34,7 @@ def _ranges(axes: Axes, row: Row) -> None:
     style(axes, title, "Global batch", "Features of a rank, thousands")
     for name, (color, label) in LOOKS.items():
         found = row["strategies"][name]
-        low, high = ([n / 1000 for n in found[f"{end}_features"]] for end in ("lowest", "highest"))
+        low, high = ([n / 1000 for n in of_ranks] for of_ranks in found["features"])
         text = f"{label}, CV {found['cv_features']:.3f}"
         axes.fill_between(range(1, len(low) + 1), low, high, color=color, alpha=0.55, lw=0.6, label=text)
     axes.set_ylim(bottom=0)
