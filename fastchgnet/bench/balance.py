@@ -69,7 +69,7 @@ def run(session: Session, ranks: Sequence[int], measure: bool) -> list[Row]:
     found: list[Row] = []
     for n_ranks, size in cases:
         session.say(f"balance: {n_ranks} ranks with {size} frames each")
-        row = {
+        row: Row = {
             "command": "balance",
             "readout": options.readouts[0] if measure else None,
             "label": options.label,
