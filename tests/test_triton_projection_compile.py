@@ -1,0 +1,108 @@
+"""The kernels of updates and projections compile for A100 and H100, without a GPU.
+
+`python tests/test_triton_projection_compile.py` prints what each takes: registers and spilled bytes of a
+thread, shared memory of a program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_triton_compile import _resources
+
+pytest.importorskip("triton")
+
+KINDS = ["first atoms", "atoms", "last atoms", "first bonds", "bonds", "last bonds"]
+SIZES = [2000, 8000]
+MAX_SHARED = 80 * 1024
+"""Bytes that a program may take: two run at once, on an A100 too."""
+MAX_SPILLED = {"_forward_kernel": 0, "_backward_kernel": 96, "_weigh_kernel": 0}
+"""Bytes of a thread; 96 of all threads of a multiprocessor are a tenth of its cache."""
+
+
+def check(kinds: list[str], sizes: list[int], capabilities: list[int]) -> None:
+    # this process may interpret Triton, which is decided when it is imported
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    command = [sys.executable, __file__, json.dumps([kinds, sizes, capabilities])]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    kernels = json.loads(found.stdout)
+    assert {kernel["name"] for kernel in kernels} == MAX_SPILLED.keys()
+    assert {(k["kind"], k["n"], k["capability"]) for k in kernels} == {
+        (kind, n, capability) for kind in kinds for n in sizes for capability in capabilities
+    }
+    for kernel in kernels:
+        assert kernel["shared"] <= MAX_SHARED, kernel
+        assert kernel["spilled"] <= MAX_SPILLED[kernel["name"]], kernel
+
+
+def test_the_kernels_of_the_last_atoms_compile() -> None:
+    check(["last atoms"], [2000], [80, 90])
+
+
+@pytest.mark.slow
+def test_all_kernels_compile() -> None:
+    check(KINDS, SIZES, [80, 90])
+
+
+def _compile(kinds: list[str], sizes: list[int], capabilities: list[int]) -> list[dict[str, Any]]:
+    """Call the op up to the launches, which compile only."""
+    import torch
+    from test_ops_projection import arguments
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fastchgnet.ops.gpu import projection, runtime
+    from fastchgnet.ops.projection import MAX_PARTS, _forward
+
+    class NoDriver:
+        capability = 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", self.capability, 32)
+
+        def get_current_device(self) -> int:
+            # kernels are kept by device: each target counts as one
+            return self.capability
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    found: list[dict[str, Any]] = []
+
+    def compile_only(kernel: Any, grid: int, device: torch.device, *args: Any, **options: Any) -> None:
+        made = kernel.warmup(*args, grid=(grid,), **options)
+        found.append({"name": kernel.__name__, "programs": grid, **case, **_resources(made)})
+
+    runtime.launch = compile_only
+    # as many multiprocessors as an H100 has
+    runtime._n_multiprocessors = lambda device: 132
+    driver.set_active(NoDriver())
+    for kind in kinds:
+        for n in sizes:
+            given = arguments(kind, n, torch.float32, 64)
+            given = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
+            grads = [None if t is None else torch.zeros_like(t) for t in _forward(*given)]
+            grads += [None] * (1 + MAX_PARTS - len(grads))
+            for NoDriver.capability in capabilities:
+                case = {"kind": kind, "n": n, "capability": NoDriver.capability}
+                projection.forward(*given)
+                projection.backward(False, grads, *given)
+                projection.backward(True, grads, *given)
+                projection.backward_backward(given[:3], grads, *given)
+    return found
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(_compile(*json.loads(sys.argv[1]))))
+    else:
+        for kernel in _compile(KINDS, SIZES, [80, 90]):
+            print(*kernel.values(), sep="\t")
