@@ -26,11 +26,9 @@ from fastchgnet.ops.projection import MAX_PARTS, Inputs
 
 WIDTHS = (16, 32, 64)
 WARPS = 4
-ROWS = 32
-# so that a tile of as few rows as the matrix units take is no longer in the making
-FEW_ROWS = 16
-# that run at once; what registers hold does not allow for more
-PER_MULTIPROCESSOR = 2
+ROWS = 32  # of a tile
+FEW_ROWS = 16  # where tiles of as few rows as the matrix units take all run at once
+PER_MULTIPROCESSOR = 2  # programs, of which each takes up to half of the registers
 
 
 class Given(NamedTuple):
