@@ -30,8 +30,9 @@ from fastchgnet.train.optim import Optimizer
 from fastchgnet.train.record import Recorder
 from fastchgnet.train.resident import ResidentFrames
 from fastchgnet.train.rooms import Room, Rooms, frame_sizes
+from fastchgnet.train.sampler import Strategy
 from fastchgnet.train.setup import Frames, blank_potential
-from fastchgnet.train.source import DeviceGraphs, HostGraphs, Source
+from fastchgnet.train.source import DeviceGraphs, HostGraphs, Source, open_sources
 from fastchgnet.train.step import Step, Steps
 
 CPU = torch.device("cpu")
@@ -259,6 +260,21 @@ def test_rooms_hold_what_they_were_planned_for() -> None:
     half = rooms.halved()
     assert all(half(part) for batch in batches for part in np.array_split(batch, 2))
     assert half.rooms[-1].n_candidates < rooms.rooms[-1].n_candidates
+
+
+@pytest.mark.parametrize("balance", ["sequential", "lpt"])
+def test_a_run_has_room_for_every_batch(config: RunConfig, stores: Path, balance: Strategy) -> None:
+    train, val = (everything(Store(stores / name)) for name in ("train", "val"))
+    data = config.data.model_copy(update={"resident": "off", "balance": balance})
+    config = config.model_copy(update={"data": data})
+    sizes = frame_sizes(train.store, train.indices, 6.0, 3.0)
+    batches = Batches(sizes, data.batch_size, config.train.seed, balance)
+    elsewhere = blank_potential(config, train, CPU).to("meta")  # any device that is not the CPU
+    sources = open_sources(train, val, elsewhere, config, batches)
+    assert all(isinstance(source, DeviceGraphs) for source in sources)
+    for epoch in range(config.train.epochs):
+        assert all(sources[0].rooms(batch) for batch in batches.epoch(epoch))  # type: ignore[attr-defined]
+    assert all(sources[1].rooms(part) for part in np.array_split(np.arange(6), 2))  # type: ignore[attr-defined]
 
 
 def test_rooms_for_frames_without_angles() -> None:

@@ -57,10 +57,10 @@ def _efficiencies(axes: Axes, rows: Sequence[Row]) -> None:
         for row in (row for row in rows if "measured" in row):
             measured = row["measured"]["strategies"][name]["efficiency"]
             axes.plot(row["case"]["ranks"], measured, "*", color=color, ms=11, mec=INK, mew=0.7)
-    for marker, size in zip(MARKERS, sizes, strict=False):
-        axes.plot([], [], marker, color=INK, ms=4, label=f"{size} frames each")
     if any("measured" in row for row in rows):
         axes.plot([], [], "*", color="white", ms=11, mec=INK, mew=0.7, label="measured steps")
+    for marker, size in zip(MARKERS, sizes, strict=False):
+        axes.plot([], [], marker, color=INK, ms=4, label=f"{size} frames each")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["case"]["ranks"] for row in rows}))
     axes.xaxis.set_major_formatter("{x:g}")
