@@ -13,6 +13,7 @@ pairs beyond the cutoff contribute exactly zero.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,16 +92,23 @@ class BondFeatures(NamedTuple):
     short_BD: Tensor
     long_basis: Tensor  # [U-B, R]
     embedding_DR: Tensor
+    conv_weights: Sequence[Tensor]  # of atom convolutions on bonds, times the embedding, [2D, R] each
     has_angle_U1: Tensor | None  # one where the bond's system has an angle; only an output bias asks for it
     long_shift_1D: Tensor | None = None  # what output biases have added to long bonds that have_angle
 
     def project(self, weight: Tensor) -> Tensor:
         """Apply a weight [K, D] to the features of every bond, [U, K]."""
-        return self.with_long(F.linear(self.short_BD, weight), weight)
+        return self.with_long(F.linear(self.short_BD, weight), weight, weight @ self.embedding_DR)
 
-    def with_long(self, short_BK: Tensor, weight: Tensor) -> Tensor:
-        """Append the projections of the long bonds to those of the short ones, [U, K]."""
-        projected_UK = with_tail(short_BK, self.long_basis, weight @ self.embedding_DR)
+    def with_long(self, short_BK: Tensor, weight: Tensor, weight_KR: Tensor) -> Tensor:
+        """Append the projections of the long bonds to those of the short ones, [U, K].
+
+        Args:
+            short_BK: projections of the short ones.
+            weight: [K, D] that made them.
+            weight_KR: its product with the embedding.
+        """
+        projected_UK = with_tail(short_BK, self.long_basis, weight_KR)
         if self.has_angle_U1 is None or self.long_shift_1D is None:
             return projected_UK
         is_long = torch.arange(len(projected_UK), device=weight.device)[:, None] >= len(short_BK)
@@ -271,9 +279,14 @@ class CHGNet(nn.Module):
             short_BD=self.bond_embedding(short_basis),
             long_basis=long_basis,
             embedding_DR=self.bond_embedding.weight,
+            conv_weights=self._conv_weights(),
             has_angle_U1=self._bond_has_angle(batch) if self.config.output_bias else None,
         )
         return weights, bonds, angle_TD
+
+    def _conv_weights(self) -> Sequence[Tensor]:
+        weights = torch.cat([conv.bond.weight for conv in self.atom_convs])
+        return (weights @ self.bond_embedding.weight).split(2 * D)
 
     def _update_atoms(self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected) -> Tensor:
         """Return the atom features after t convolutions, projected for all who read those."""
@@ -304,7 +317,7 @@ class CHGNet(nn.Module):
         readers.append(conv_bond := self.atom_convs[t].bond)
         short_BD, tables = project(bonds.short_BD, sent, [(reader.weight, None) for reader in readers], ends)
         projected.update(zip(readers, tables, strict=True))
-        projected[conv_bond] = bonds.with_long(projected[conv_bond], conv_bond.weight)
+        projected[conv_bond] = bonds.with_long(projected[conv_bond], conv_bond.weight, bonds.conv_weights[t])
         return bonds._replace(short_BD=short_BD)
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:
