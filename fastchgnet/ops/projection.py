@@ -37,6 +37,7 @@ from torch import Tensor
 
 from fastchgnet.ops._register import Family
 from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.segments import sum_rows
 
 MAX_PARTS = 5
 
@@ -133,8 +134,8 @@ def _at_ends(rows: Any, m: Inputs) -> Any:
     """Sum rows over the ends of each row."""
     if rows is None or m.row_ends is None:
         return rows
-    first, second = m.row_ends.unbind(1)
-    return rows.index_select(0, first).add_(rows.index_select(0, second))
+    start = torch.arange(0, m.row_ends.numel() + 1, 2, device=rows.device)
+    return sum_rows(rows, start, m.row_ends.flatten())
 
 
 def _each_end(rows: Any, m: Inputs) -> Any:
