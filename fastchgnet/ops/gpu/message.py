@@ -90,13 +90,9 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    kept = weights(m, D, PRECISION)
+    rows_core, rows_gate, hidden_core, hidden_gate = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
         index, live = segments(m, tile, n_rows, BLOCK)
-        # fp32 takes twice the shared memory, so that weights are read for every tile
-        rows_core, rows_gate, hidden_core, hidden_gate = (
-            kept if PRECISION == "tf32" else weights(m, D, PRECISION)
-        )
         tables = (m.p, m.q, m.r)
         a_ND = factor(read(m.a, index[3], live, D, D), PRECISION) if m.a is not None else None
         h = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
@@ -163,13 +159,9 @@ def _backward_kernel(
 ):
     WITH_PARAMETERS: tl.constexpr = found.parameters is not None
     sums_core, sums_gate = no_sums(m, D), no_sums(m, D)
-    kept = weights(m, D, PRECISION)
+    rows_core, rows_gate, hidden_core, hidden_gate = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
         index, live = segments(m, tile, n_rows, BLOCK)
-        # fp32 takes twice the shared memory, so that weights are read for every tile
-        rows_core, rows_gate, hidden_core, hidden_gate = (
-            kept if PRECISION == "tf32" else weights(m, D, PRECISION)
-        )
         tables = (m.p, m.q, m.r)
         a_ND = factor(read(m.a, index[3], live, D, D), PRECISION) if m.a is not None else None
         h_core = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
@@ -203,8 +195,12 @@ def _backward_kernel(
         write(found.h + D, index[3], live, dh_gate, 2 * D, D)
         if m.a is not None:
             da = zeros(BLOCK, D) if m.w is not None else read(grad, index[3], live, D, D)
-            da, sums_core = rows_backward(dh_core, da, a_ND, rows_core, sums_core, WITH_PARAMETERS, PRECISION)
-            da, sums_gate = rows_backward(dh_gate, da, a_ND, rows_gate, sums_gate, WITH_PARAMETERS, PRECISION)
+            da, sums_core = rows_backward(
+                dh_core, da, a_ND, rows_core, sums_core, WITH_PARAMETERS, D, PRECISION
+            )
+            da, sums_gate = rows_backward(
+                dh_gate, da, a_ND, rows_gate, sums_gate, WITH_PARAMETERS, D, PRECISION
+            )
             write(found.a, index[3], live, da, D, D)
     if WITH_PARAMETERS:
         out = found.parameters + tl.program_id(0) * N_PARAMETERS

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastchgnet.ops import _message_torch
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.gpu.message import Launch, Tile, fits
 from fastchgnet.ops.gpu.message_tiles import (
     affine,
@@ -32,7 +33,8 @@ from fastchgnet.ops.gpu.message_tiles import (
 from fastchgnet.ops.gpu.tiles import dot, factor, mean, norm_backward, read, write, zeros
 
 SECOND = Tile(rows=32, warps=8, per_multiprocessor=1)
-SECOND_OF_BONDS = Tile(rows=16, warps=8, per_multiprocessor=1)
+SECOND_OF_MANY = Tile(rows=16, warps=8, per_multiprocessor=1)
+"""Where matrices and sums are many or take much, the tile is smaller."""
 
 
 @triton.jit
@@ -53,11 +55,12 @@ def _branch_up(
     x, rstd = norm(norm_input(h, hidden, m, BRANCH, D, PRECISION), m, D)
     n = affine(x, m, BRANCH, N_NORMS, D)
     if m.scale is None:
-        return n, z_dot, (x, rstd, z_dot, rstd)
+        return (n, z_dot), (x, rstd, z_dot, rstd)
     else:
         along = mean(z_dot * x, D)
         normed_dot = (z_dot - mean(z_dot, D) - x * along) * rstd
-        return n, normed_dot * norm_row(m.scale, BRANCH, N_NORMS, D), (x, rstd, normed_dot, along)
+        n_dot = normed_dot * norm_row(m.scale, BRANCH, N_NORMS, D)
+        return (n, n_dot), (x, rstd, normed_dot, along)
 
 
 @triton.jit
@@ -77,12 +80,10 @@ def _second_of_gate(n_core, n_gate, n_dot_core, n_dot_gate):
 
 @triton.jit
 def _branch_down(
-    n_bar,
-    n_dot_bar,
+    bars,
     state,
     h,
     u,
-    a_ND,
     u_a,
     hidden,
     m,
@@ -95,6 +96,7 @@ def _branch_down(
     """From n~ and n'~ of core or gate to h~."""
     angle, weight, bias, scale, shift = sums
     x, rstd, normed_dot, along = state
+    n_bar, n_dot_bar = bars
     z_bar, z_dot_bar = n_bar, n_dot_bar
     if m.scale is not None:
         scale += tl.sum(x * n_bar + normed_dot * n_dot_bar, 0)
@@ -110,15 +112,55 @@ def _branch_down(
         slope = silu_slope(h, sigmoid)
         curvature = sigmoid * (1 - sigmoid) * (2 + h * (1 - 2 * sigmoid))
         bias += tl.sum(z_bar, 0)
-        z_bar, z_dot_bar = factor(z_bar, PRECISION), factor(z_dot_bar, PRECISION)
-        weight = dot(tl.trans(z_bar), factor(h * sigmoid, PRECISION), weight, PRECISION)
+        # one after the other: a factor takes eight times a tile's registers
+        z_dot_bar = factor(z_dot_bar, PRECISION)
         weight = dot(tl.trans(z_dot_bar), factor(u * slope, PRECISION), weight, PRECISION)
         s_dot_bar = linear_backward(z_dot_bar, hidden, D, PRECISION)
-        first = s_dot_bar * slope
+        z_bar = factor(z_bar, PRECISION)
+        weight = dot(tl.trans(z_bar), factor(h * sigmoid, PRECISION), weight, PRECISION)
         h_bar = linear_backward(z_bar, hidden, D, PRECISION) * slope + curvature * u * s_dot_bar
+        first = s_dot_bar * slope
     if m.a is not None and u_a is not None:
         angle = dot(tl.trans(factor(first, PRECISION)), u_a, angle, PRECISION)
     return h_bar, (angle, weight, bias, scale, shift)
+
+
+@triton.jit
+def _gathered_twice(
+    m, cotangents, a_ND, u_a, rows_weight, at, BRANCH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Return h of core or gate and its tangent u_h."""
+    directions = (cotangents[0], cotangents[1], cotangents[2])
+    h = gathered((m.p, m.q, m.r), a_ND, rows_weight, at[0], at[1], BRANCH, D, PRECISION)
+    return h, gathered(directions, u_a, rows_weight, at[0], at[1], BRANCH, D, PRECISION)
+
+
+@triton.jit
+def _gate(m, cotangents, grad, found, core, gate, at, D: tl.constexpr):
+    """From n and n' of core and gate to n~ and n'~; write what comes of them by G and by w."""
+    message, m_dot, by_core, by_gate, core_bar, gate_bar = _second_of_gate(core[0], gate[0], core[1], gate[1])
+    index, live = at
+    row = index[3]
+    tangent = m_dot
+    g = read(grad, index[0] if m.w is not None else row, live, D, D)
+    weighted = g
+    if m.w is not None:
+        write(found.w, row, live, g * m_dot, D, D)
+        w = read(m.w, index[2], live, D, D)
+        weighted *= w
+        tangent *= w
+    core_bar *= weighted
+    gate_bar *= weighted
+    if cotangents[3] is not None:
+        u_w = read(cotangents[3], index[2], live, D, D)
+        tangent += u_w * message
+        core_bar += by_core * g * u_w
+        gate_bar += by_gate * g * u_w
+    if m.w is None and cotangents[4] is not None:
+        # read again: the factor is rounded
+        tangent += read(cotangents[4], row, live, D, D)
+    write(found.tangent, row, live, tangent, D, D)
+    return (core_bar, by_core * weighted), (gate_bar, by_gate * weighted)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -135,63 +177,37 @@ def _second_kernel(
     PRECISION: tl.constexpr,
 ):
     sums_core, sums_gate = no_sums(m, D), no_sums(m, D)
-    kept = weights(m, D, PRECISION)
+    rows_core, rows_gate, hidden_core, hidden_gate = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
-        index, live = segments(m, tile, n_rows, BLOCK)
-        # fp32 takes twice the shared memory, so that weights are read for every tile
-        rows_core, rows_gate, hidden_core, hidden_gate = (
-            kept if PRECISION == "tf32" else weights(m, D, PRECISION)
-        )
-        row = index[3]
-        tables, directions = (m.p, m.q, m.r), (cotangents[0], cotangents[1], cotangents[2])
+        at = segments(m, tile, n_rows, BLOCK)
+        row, live = at[0][3], at[1]
         a_ND = factor(read(m.a, row, live, D, D), PRECISION) if m.a is not None else None
         u_a = factor(read(cotangents[4], row, live, D, D), PRECISION) if cotangents[4] is not None else None
-        h_core = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
-        u_core = gathered(directions, u_a, rows_core, index, live, 0, D, PRECISION)
-        n_core, n_dot_core, state_core = _branch_up(h_core, u_core, hidden_core, m, 0, N_NORMS, D, PRECISION)
-        h_gate = gathered(tables, a_ND, rows_gate, index, live, 1, D, PRECISION)
-        u_gate = gathered(directions, u_a, rows_gate, index, live, 1, D, PRECISION)
-        n_gate, n_dot_gate, state_gate = _branch_up(h_gate, u_gate, hidden_gate, m, 1, N_NORMS, D, PRECISION)
-        message, m_dot, by_core, by_gate, n_bar_core, n_bar_gate = _second_of_gate(
-            n_core, n_gate, n_dot_core, n_dot_gate
-        )
-        tangent = m_dot
-        g = read(grad, index[0] if m.w is not None else row, live, D, D)
-        weighted = g
-        if m.w is not None:
-            write(found.w, row, live, g * m_dot, D, D)
-            w = read(m.w, index[2], live, D, D)
-            weighted *= w
-            tangent *= w
-        n_bar_core *= weighted
-        n_bar_gate *= weighted
-        if cotangents[3] is not None:
-            u_w = read(cotangents[3], index[2], live, D, D)
-            tangent += u_w * message
-            n_bar_core += by_core * g * u_w
-            n_bar_gate += by_gate * g * u_w
-        if m.w is None and cotangents[4] is not None:
-            # read again: the factor is rounded
-            tangent += read(cotangents[4], row, live, D, D)
-        write(found.tangent, row, live, tangent, D, D)
         # fmt: off
-        h_bar_core, sums_core = _branch_down(
-            n_bar_core, by_core * weighted, state_core, h_core, u_core, a_ND, u_a, hidden_core, m, sums_core,
-            0, N_NORMS, D, PRECISION,
+        h_core, u_core = _gathered_twice(m, cotangents, a_ND, u_a, rows_core, at, 0, D, PRECISION)
+        core, state_core = _branch_up(h_core, u_core, hidden_core, m, 0, N_NORMS, D, PRECISION)
+        h_gate, u_gate = _gathered_twice(m, cotangents, a_ND, u_a, rows_gate, at, 1, D, PRECISION)
+        gate, state_gate = _branch_up(h_gate, u_gate, hidden_gate, m, 1, N_NORMS, D, PRECISION)
+        core, gate = _gate(m, cotangents, grad, found, core, gate, at, D)
+        # registers are few: what takes no product is gathered again and not kept
+        if m.a is None:
+            h_gate, u_gate = _gathered_twice(m, cotangents, a_ND, u_a, rows_gate, at, 1, D, PRECISION)
+        gate, sums_gate = _branch_down(
+            gate, state_gate, h_gate, u_gate, u_a, hidden_gate, m, sums_gate, 1, N_NORMS, D, PRECISION
         )
-        write(found.h, row, live, h_bar_core, 2 * D, D)
-        h_bar_gate, sums_gate = _branch_down(
-            n_bar_gate, by_gate * weighted, state_gate, h_gate, u_gate, a_ND, u_a, hidden_gate, m, sums_gate,
-            1, N_NORMS, D, PRECISION,
+        write(found.h + D, row, live, gate, 2 * D, D)
+        if m.a is None:
+            h_core, u_core = _gathered_twice(m, cotangents, a_ND, u_a, rows_core, at, 0, D, PRECISION)
+        core, sums_core = _branch_down(
+            core, state_core, h_core, u_core, u_a, hidden_core, m, sums_core, 0, N_NORMS, D, PRECISION
         )
+        write(found.h, row, live, core, 2 * D, D)
         # fmt: on
-        write(found.h + D, row, live, h_bar_gate, 2 * D, D)
         if m.a is not None:
-            a_bar, sums_core = rows_backward(
-                h_bar_core, zeros(BLOCK, D), a_ND, rows_core, sums_core, True, PRECISION
-            )
-            a_bar, sums_gate = rows_backward(h_bar_gate, a_bar, a_ND, rows_gate, sums_gate, True, PRECISION)
-            write(found.a, row, live, a_bar, D, D)
+            da = zeros(BLOCK, D)
+            da, sums_core = rows_backward(core, da, a_ND, rows_core, sums_core, True, D, PRECISION)
+            da, sums_gate = rows_backward(gate, da, a_ND, rows_gate, sums_gate, True, D, PRECISION)
+            write(found.a, row, live, da, D, D)
     if found.parameters is not None:
         out = found.parameters + tl.program_id(0) * N_PARAMETERS
         write_sums(out, m, sums_core, sums_gate, N_NORMS, D)
@@ -203,8 +219,8 @@ def backward_backward(
     if not fits(inputs):
         return _message_torch.backward_backward(cotangents, grad, *inputs)
     launch = Launch(inputs)
-    # eight matrices and all sums leave room for a smaller tile
-    tile = SECOND_OF_BONDS if launch.m.a is not None and launch.m.has_hidden else SECOND
+    of_bonds = launch.m.a is not None and launch.m.has_hidden
+    tile = SECOND if runtime.current_precision() == "tf32" and not of_bonds else SECOND_OF_MANY
     found = launch.gradients(tile, with_parameters=True, with_tangent=True)
     directions: tuple[Any, ...] = tuple(None if u is None else u.contiguous() for u in cotangents)
     launch.run(

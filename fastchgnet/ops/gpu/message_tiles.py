@@ -34,15 +34,31 @@ def absent():
 
 @triton.jit
 def weights(m, D: tl.constexpr, PRECISION: tl.constexpr):
-    """Read A of core and gate and W of core and gate, of which either may be missing."""
+    """Return A of core and gate and W of core and gate for `held`; either may be missing."""
     rows_core, rows_gate, hidden_core, hidden_gate = absent(), absent(), absent(), absent()
     if m.a is not None:
-        rows_core = matrix(m.angle_weight, D, PRECISION)
-        rows_gate = matrix(m.angle_weight + D * D, D, PRECISION)
+        rows_core, rows_gate = kept(m.angle_weight, D, PRECISION), kept(m.angle_weight + D * D, D, PRECISION)
     if m.weight is not None:
-        hidden_core = matrix(m.weight, D, PRECISION)
-        hidden_gate = matrix(m.weight + D * D, D, PRECISION)
+        hidden_core, hidden_gate = kept(m.weight, D, PRECISION), kept(m.weight + D * D, D, PRECISION)
     return rows_core, rows_gate, hidden_core, hidden_gate
+
+
+@triton.jit
+def kept(weight, D: tl.constexpr, PRECISION: tl.constexpr):
+    # fp32 takes twice the shared memory, and registers are few: there a matrix is read where it is used
+    if PRECISION == "tf32":
+        return matrix(weight, D, PRECISION)
+    else:
+        return weight
+
+
+@triton.jit
+def held(weight, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Return a matrix of `weights` as a factor."""
+    if PRECISION == "tf32":
+        return weight
+    else:
+        return matrix(weight, D, PRECISION)
 
 
 @triton.jit
@@ -55,30 +71,33 @@ def gathered(
         if tables[t] is not None:
             total += read(tables[t] + BRANCH * D, index[t], live, 2 * D, D)
     if a_ND is not None:
-        total = dot(a_ND, tl.trans(rows_weight), total, PRECISION)
+        total = dot(a_ND, tl.trans(held(rows_weight, D, PRECISION)), total, PRECISION)
     return total
 
 
 @triton.jit
 def linear(s, hidden_weight, D: tl.constexpr, PRECISION: tl.constexpr):
     """Return W s."""
-    return dot(factor(s, PRECISION), tl.trans(hidden_weight), zeros(s.shape[0], D), PRECISION)
+    weight = tl.trans(held(hidden_weight, D, PRECISION))
+    return dot(factor(s, PRECISION), weight, zeros(s.shape[0], D), PRECISION)
 
 
 @triton.jit
 def linear_backward(dz, hidden_weight, D: tl.constexpr, PRECISION: tl.constexpr):
     """Return W^T dz, of a factor."""
-    return dot(dz, hidden_weight, zeros(dz.shape[0], D), PRECISION)
+    return dot(dz, held(hidden_weight, D, PRECISION), zeros(dz.shape[0], D), PRECISION)
 
 
 @triton.jit
-def rows_backward(dh, da, a_ND, rows_weight, sums, WITH_PARAMETERS: tl.constexpr, PRECISION: tl.constexpr):
+def rows_backward(
+    dh, da, a_ND, rows_weight, sums, WITH_PARAMETERS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
+):
     """Add A^T dh of core or gate to da, and dh a^T to the sums."""
     dh = factor(dh, PRECISION)
     angle, weight, bias, scale, shift = sums
     if WITH_PARAMETERS:
         angle = dot(tl.trans(dh), a_ND, angle, PRECISION)
-    return dot(dh, rows_weight, da, PRECISION), (angle, weight, bias, scale, shift)
+    return dot(dh, held(rows_weight, D, PRECISION), da, PRECISION), (angle, weight, bias, scale, shift)
 
 
 @triton.jit
