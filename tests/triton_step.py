@@ -14,6 +14,7 @@ from typing import Any
 import interpreted  # noqa: F401, first: Triton decides at its import whether it interprets
 import torch
 from torch._library.custom_ops import CustomOpDef
+from torch.library import Library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NO_KERNEL = {
@@ -40,23 +41,33 @@ class Counting(TorchDispatchMode):
 
 
 counting = Counting()
-_register = CustomOpDef.register_kernel
+_impl, _register = Library.impl, CustomOpDef.register_kernel
 
 
-def _register_everywhere(self: CustomOpDef, device_types: Any, function: Any = None, /) -> Any:
-    if device_types != "cuda":
-        return _register(self, device_types, function)
-    if function is None:
-        return lambda given: _register_everywhere(self, device_types, given)
-
-    def counted(*args: Any) -> Any:
+def _counted(body: Any) -> Any:
+    def call(*args: Any) -> Any:
         with counting:
-            return function(*args)
+            return body(*args)
 
-    _register(self, "cuda", function)
-    return _register(self, "cpu", counted)
+    return call
 
 
+def _impl_everywhere(self: Library, name: Any, body: Any, key: str = "", **options: Any) -> None:
+    _impl(self, name, body, key, **options)
+    if key == "CUDA":
+        _impl(self, name, _counted(body), "CPU", **options)
+
+
+def _register_everywhere(self: CustomOpDef, device_types: Any, body: Any = None, /) -> Any:
+    if device_types != "cuda":
+        return _register(self, device_types, body)
+    if body is None:
+        return lambda given: _register_everywhere(self, device_types, given)
+    _register(self, "cuda", body)
+    return _register(self, "cpu", _counted(body))
+
+
+Library.impl = _impl_everywhere  # type: ignore[method-assign]
 CustomOpDef.register_kernel = _register_everywhere  # type: ignore[method-assign]
 
 from step_case import step_case  # noqa: E402, ops are registered at their import
