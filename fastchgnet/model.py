@@ -66,7 +66,9 @@ class GatedMLP(nn.Module):
     def forward(
         self, tables: Tables, weight: Tensor | None, rows: Rows, angle: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Return messages of rows, summed where they have a weight; see `fastchgnet.ops.message`.
+        """Return messages of rows, summed where they have a weight, else added to the rows' own features.
+
+        See `fastchgnet.ops.message`.
 
         Args:
             tables: projections of what the rows gather.
@@ -284,6 +286,14 @@ class CHGNet(nn.Module):
         )
         return weights, bonds, angle_TD
 
+    def _block(self, t: int) -> int:
+        """Return the block whose angles read atoms, and whose angle update reads bonds, after t convolutions.
+
+        In the paper's Eq. 10 they read what their own block has made of these, in Eq. 11 what the block before
+        has.
+        """
+        return t if self.config.interaction == "parallel" else t - 1
+
     def _conv_weights(self) -> Sequence[Tensor]:
         weights = torch.cat([conv.bond.weight for conv in self.atom_convs])
         return (weights @ self.bond_embedding.weight).split(2 * D)
@@ -295,10 +305,8 @@ class CHGNet(nn.Module):
             out = self.atom_convs[t - 1].out
             atom_AD = atom_AD if out.bias is None else atom_AD + out.bias
             sent = Sent(sum_AD, None, out.weight)
-        block = t if self.config.interaction == "parallel" else t - 1
-        readers = [
-            layer.first.center for layer in (*_at(self.bond_convs, block), *_at(self.angle_updates, block))
-        ]
+        layers = (*_at(self.bond_convs, self._block(t)), *_at(self.angle_updates, self._block(t)))
+        readers = [layer.first.center for layer in layers]
         readers += [part for conv in _at(self.atom_convs, t) for part in (conv.center, conv.neighbor)]
         atom_AD, tables = project(atom_AD, sent, [(reader.weight, reader.bias) for reader in readers])
         projected.update(zip(readers, tables, strict=True))
@@ -310,8 +318,7 @@ class CHGNet(nn.Module):
         """Return the bond features after t convolutions, projected for all who read those."""
         if sent is not None and self.config.output_bias:
             bonds = bonds.biased(self.bond_convs[t - 1].out.bias)
-        block = t if self.config.interaction == "parallel" else t - 1
-        layers = (*_at(self.bond_convs, t), *_at(self.angle_updates, block))
+        layers = (*_at(self.bond_convs, t), *_at(self.angle_updates, self._block(t)))
         readers = [part for layer in layers for part in (layer.first.bond_i, layer.first.bond_j)]
         ends = Ends(graph.bond_short, graph.short_by_bond.segment, len(readers))
         readers.append(conv_bond := self.atom_convs[t].bond)

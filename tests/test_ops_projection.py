@@ -154,3 +154,5 @@ def test_the_public_function_packs_what_it_is_given() -> None:
 
     with pytest.raises(ValueError, match="6 projections"):
         project(m.s, None, [(first, None)] * (MAX_PARTS + 1))
+    with pytest.raises(ValueError, match="with a bias come first"):
+        project(m.s, None, [(second, None), (first, bias)])

@@ -90,6 +90,8 @@ def project(
     if len(parts) > MAX_PARTS:
         raise ValueError(f"{len(parts)} projections, but at most {MAX_PARTS} are made at once")
     biases = [bias for _, bias in parts if bias is not None]
+    if any(bias is not None for _, bias in parts[len(biases) :]):
+        raise ValueError("projections with a bias come first")
     weights = [weight for weight, _ in parts]
     row_ends, end_row, n_at_ends = ends or (None, None, 0)
     x, *tables = _family(
