@@ -289,8 +289,8 @@ class CHGNet(nn.Module):
     def _block(self, t: int) -> int:
         """Return the block whose angles read atoms, and whose angle update reads bonds, after t convolutions.
 
-        In the paper's Eq. 10 they read what their own block has made of these, in Eq. 11 what the block before
-        has.
+        In the paper's Eq. 10 they read what their own block has made of these, in Eq. 11 what the block
+        before it has.
         """
         return t if self.config.interaction == "parallel" else t - 1
 
