@@ -249,9 +249,8 @@ def _wanted(
     """Gradients of the inputs that need one; None for the others."""
     wanted: list[Tensor | None] = [None] * len(inputs)
     for k, gradient in enumerate(found):
-        missing = (
-            inputs[k] is None or gradient.numel() != inputs[k].numel() or gradient.ndim != inputs[k].ndim
-        )
+        # only the stand-in of what there is not: any other wrong shape is autograd's to refuse
+        missing = inputs[k] is None or gradient.shape == (0,) != inputs[k].shape
         if needed[k] and not missing:
             wanted[k] = gradient
     return tuple(wanted)

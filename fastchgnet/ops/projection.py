@@ -111,25 +111,28 @@ def project(
 def reference(*inputs: Any) -> tuple[Tensor, ...]:
     """Compute the op in plain PyTorch, differentiable to any order."""
     m = Inputs(*inputs)
-    out, weights, biases = _apart(m)
     x = m.s
     if m.t is not None:
         total = m.t if m.row_ends is None else m.t[m.row_ends].sum(1)
-        x = x + (total if m.w is None else m.w * total) @ out.t()
+        x = x + (total if m.w is None else m.w * total) @ _out(m).t()
     tables = []
-    for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+    for k, (weight, bias) in enumerate(_parts(m)):
         y = x @ weight.t() if bias is None else x @ weight.t() + bias
         tables.append(y if k >= m.n_at_ends else y[m.end_row])
     return x, *tables
 
 
-def _apart(m: Inputs) -> tuple[Any, Sequence[Tensor], list[Any]]:
-    """Take B, and the weight and the bias of every part out of the packed ones."""
+def _out(m: Inputs) -> Tensor:
+    """Take B out of the packed weights, where something was sent."""
+    return m.weight[: m.s.shape[1]]
+
+
+def _parts(m: Inputs) -> list[tuple[Tensor, Any]]:
+    """Take the weight and the bias of every part out of the packed ones."""
     d = m.s.shape[1]
-    out = None if m.t is None else m.weight[:d]
     weights = m.weight[0 if m.t is None else d :].split(2 * d) if m.n_parts else ()
     biases: list[Any] = [] if m.bias is None else list(m.bias.split(2 * d))
-    return out, weights, biases + [None] * (m.n_parts - len(biases))
+    return list(zip(weights, biases + [None] * (m.n_parts - len(biases)), strict=True))
 
 
 def _at_ends(rows: Any, m: Inputs) -> Any:
@@ -151,9 +154,8 @@ def _times(x: Any, w: Any) -> Any:
 
 def _projected(x: Tensor, m: Inputs, with_bias: bool) -> list[Tensor]:
     """Return W_m x of every part, at its ends where they are wanted there."""
-    _, weights, biases = _apart(m)
     tables = []
-    for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+    for k, (weight, bias) in enumerate(_parts(m)):
         y = torch.addmm(bias, x, weight.t()) if with_bias and bias is not None else x @ weight.t()
         tables.append(_each_end(y, m) if k < m.n_at_ends else y)
     return tables
@@ -163,15 +165,14 @@ class _Pulled:
     """Gradients of what comes before the projections: Y_m by rows, ds and h."""
 
     def __init__(self, grads: Sequence[Any], m: Inputs) -> None:
-        out, weights, _ = _apart(m)
         by_x, *by_tables = grads[: 1 + m.n_parts]
         self.y = [_at_ends(y, m) if k < m.n_at_ends else y for k, y in enumerate(by_tables)]
         s: Any = by_x
-        for y, weight in zip(self.y, weights, strict=True):
+        for y, (weight, _) in zip(self.y, _parts(m), strict=True):
             if y is not None:
                 s = y @ weight if s is None else torch.addmm(s, y, weight)
         self.s: Tensor = s.clone() if s is by_x else s
-        self.h = None if out is None else self.s @ out
+        self.h = None if m.t is None else self.s @ _out(m)
 
     def weight(self, x: Tensor, t: Any, m: Inputs) -> Tensor:
         """Return the gradient of the packed weights, by features x and what was sent."""
@@ -236,7 +237,7 @@ def _updated(s: Any, t: Any, m: Inputs) -> Tensor:
     """Return s + B t."""
     if t is None:
         return s
-    out, _, _ = _apart(m)
+    out = _out(m)
     return t @ out.t() if s is None else torch.addmm(s, t, out.t())
 
 
