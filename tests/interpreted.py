@@ -5,12 +5,14 @@ Import this before anything that imports Triton, which decides at its import whe
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,3 +45,15 @@ def _mend() -> None:
 
 if DEVICE == "cpu":
     _mend()
+
+
+@pytest.fixture(autouse=True)
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let whatever a kernel forgets to write be seen."""
+    new_empty = Tensor.new_empty
+
+    def filled(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        made = new_empty(self, *size, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", filled)

@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-import ase.io
 import numpy as np
 import pytest
-from crystals import crystals
+from test_bench import file, program  # noqa: F401, a fixture
 from test_sampler import made_up
 
 from fastchgnet.bench.balance import STRATEGIES, evenness, fillers, simulate
-from fastchgnet.cli import main
 from fastchgnet.train.sampler import DEFAULT_COST
-
-
-@pytest.fixture
-def file(tmp_path, monkeypatch) -> Path:
-    """Write eight small frames without labels and work beside them."""
-    monkeypatch.chdir(tmp_path)
-    ase.io.write("crystals.xyz", [*crystals(), *crystals()])
-    return Path("crystals.xyz")
-
-
-def program(monkeypatch, capsys, *args: object) -> tuple[int, str, list[str]]:
-    """Run `fastchgnet bench`; return its status, stdout and the lines of stderr."""
-    monkeypatch.setattr(sys, "argv", ["fastchgnet", "bench", *map(str, args)])
-    with pytest.raises(SystemExit) as exited:
-        main()
-        sys.exit(0)
-    captured = capsys.readouterr()
-    return int(exited.value.code or 0), captured.out, captured.err.splitlines()
 
 
 def test_evenness_of_loads() -> None:
@@ -60,7 +39,7 @@ def test_even_batches_need_fewer_fillers() -> None:
         assert shares == sorted(shares) and shares[0] > 0 and shares[2] < 1
 
 
-def test_rows_plot_and_table(file, monkeypatch, capsys) -> None:
+def test_rows_plot_and_table(file, monkeypatch, capsys) -> None:  # noqa: F811
     args = ("--frames", file, "--batch", 2, "--out", "rows.json", "--label", "here")
     status, out, _ = program(monkeypatch, capsys, "balance", *args, "--ranks", 2, "--ranks", 4, "--json")
     rows = json.loads(Path("rows.json").read_text())
@@ -94,7 +73,7 @@ def test_rows_plot_and_table(file, monkeypatch, capsys) -> None:
         (("--frames", "crystals.xyz", "--device", "nodevice"), "device nodevice cannot be used"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_status_2(file, monkeypatch, capsys, args, reason) -> None:
+def test_bad_input_ends_in_one_line_and_status_2(file, monkeypatch, capsys, args, reason) -> None:  # noqa: F811
     status, out, lines = program(monkeypatch, capsys, "balance", *args)
     assert (status, out, len(lines)) == (2, "", 1)
     assert lines[0].startswith("error: ") and reason in lines[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE
+from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_ops_angular_basis import blocks
 from test_ops_pair_forces import arguments as pair_arguments
 from torch import Tensor
@@ -23,18 +23,6 @@ from fastchgnet.ops.gpu.trigonometry import angle, sine_and_cosine
 
 # float32 at phases of a hundred radians, whose sines err by 4e-6, and slopes of up to a hundred
 FLOAT32 = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let whatever a kernel forgets to write be seen."""
-    new_empty = Tensor.new_empty
-
-    def filled(self: Tensor, *size: Any, **options: Any) -> Tensor:
-        made = new_empty(self, *size, **options)
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", filled)
 
 
 def moved(given: tuple, dtype: torch.dtype, device: str) -> tuple:

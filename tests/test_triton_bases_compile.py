@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import resources, run_script
 
 pytest.importorskip("triton")
 
@@ -19,16 +14,11 @@ MAX_SHARED = 160 * 1024  # bytes that a program may take on an A100
 
 
 def test_kernels_compile_without_spills() -> None:
-    # this process may interpret Triton, which is decided when it is imported
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    found = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    kernels = json.loads(found.stdout)
+    kernels = run_script(__file__)
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
     assert len({kernel["name"] for kernel in kernels}) == 9
     for kernel in kernels:
-        assert kernel["stack"] == 0, kernel
+        assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
 
 
@@ -68,20 +58,7 @@ def _compiled(kernel: Any, args: tuple, options: dict[str, Any], capability: int
         target=GPUTarget("cuda", capability, 32),
         options={k: v for k, v in options.items() if k not in names},
     )
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return {
-        "name": f"{kernel.__module__}.{kernel.__name__}",
-        "capability": capability,
-        "registers": int(registers),
-        "stack": int(stack),
-        "shared": made.metadata.shared,
-    }
+    return {"name": f"{kernel.__module__}.{kernel.__name__}", "capability": capability, **resources(made)}
 
 
 def main() -> None:

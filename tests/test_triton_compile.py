@@ -7,15 +7,11 @@ shared memory of a program.
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import Compiler, run_script
 
 pytest.importorskip("triton")
 
@@ -29,13 +25,7 @@ MAX_SPILLED_FP32 = 1024
 
 
 def compiled(kinds: list[str], precisions: list[str], capabilities: list[int]) -> list[dict[str, Any]]:
-    # this process may interpret Triton, which is decided when it is imported
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    command = [sys.executable, __file__, json.dumps([kinds, precisions, capabilities])]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
+    return run_script(__file__, kinds, precisions, capabilities)
 
 
 def check(kernels: list[dict[str, Any]]) -> None:
@@ -66,59 +56,22 @@ def test_all_kernels_compile() -> None:
     check(kernels)
 
 
-def _resources(kernel: Any) -> dict[str, Any]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return {"registers": int(registers), "spilled": int(stack), "shared": kernel.metadata.shared}
-
-
 def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -> list[dict[str, Any]]:
     """Call the ops up to the launches, which compile only."""
     import torch
     from test_ops_message import arguments, detached, flat
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
 
     from fastchgnet.ops.gpu import message as gpu_message
     from fastchgnet.ops.gpu import message_second, runtime
     from fastchgnet.ops.gpu import segments as gpu_segments
 
-    class NoDriver:
-        capability = 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", self.capability, 32)
-
-        def get_current_device(self) -> int:
-            # kernels are kept by device: each target counts as one
-            return self.capability
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    found: list[dict[str, Any]] = []
-    known: set[str] = set()
-
-    def compile_only(kernel: Any, grid: int, device: torch.device, *args: Any, **options: Any) -> None:
-        made = kernel.warmup(*args, grid=(grid,), **options)
-        if made.hash not in known:
-            known.add(made.hash)
-            found.append({"name": kernel.__name__, **case, **_resources(made)})
-
-    runtime.launch = compile_only
-    driver.set_active(NoDriver())
+    compiler = Compiler()
     for kind in kinds:
         inputs = detached(flat(arguments(kind, 130, torch.float32, 64)))
         grad = torch.zeros(5 if inputs[3] is not None else 130, 64)
         for precision in precisions:
-            for NoDriver.capability in capabilities:
-                case = {"kind": kind, "precision": precision, "capability": NoDriver.capability}
+            for compiler.capability in capabilities:
+                compiler.case = {"kind": kind, "precision": precision}
                 with runtime.precision(precision):
                     gpu_message.forward(*inputs)
                     for with_parameters in (False, True):
@@ -127,7 +80,7 @@ def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -
                 for width in (1, 3, 9):
                     rows = torch.zeros(130, width, dtype=torch.float64)
                     gpu_segments.segment_sum(rows, *inputs[11:14])
-    return found
+    return compiler.found
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE
+from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_ops_geometry import arguments
 from torch import Tensor
 
@@ -23,18 +22,6 @@ FLOAT32 = 1e-6
 sizes = pytest.mark.parametrize(
     ("n_bonds", "n_short"), [(0, 0), (1, 0), (1, 1), (128, 64), (129, 129), (300, 40)]
 )
-
-
-@pytest.fixture(autouse=True)
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let whatever a kernel forgets to write be seen."""
-    new_empty = Tensor.new_empty
-
-    def filled(self: Tensor, *size: Any, **options: Any) -> Tensor:
-        made = new_empty(self, *size, **options)
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", filled)
 
 
 def levels(

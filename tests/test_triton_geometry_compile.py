@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import run_script
 from test_triton_bases_compile import MAX_SHARED, _compiled
 
 pytest.importorskip("triton")
 
 
 def test_kernels_compile_without_spills() -> None:
-    # this process may interpret Triton, which is decided when it is imported
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    found = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    kernels = json.loads(found.stdout)
+    kernels = run_script(__file__)
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
     assert len({kernel["name"] for kernel in kernels}) == 3
     for kernel in kernels:
-        assert kernel["stack"] == 0, kernel
+        assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE
+from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_ops_projection import KINDS, arguments
 from torch import Tensor
 
@@ -22,18 +21,6 @@ FLOAT32 = 1e-5
 
 KERNELS = (kernels.forward, kernels.backward, kernels.backward_backward)
 PYTORCH = (op._forward, op._backward, op._backward_backward)
-
-
-@pytest.fixture(autouse=True)
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let whatever a kernel forgets to write be seen."""
-    new_empty = Tensor.new_empty
-
-    def filled(self: Tensor, *size: Any, **options: Any) -> Tensor:
-        made = new_empty(self, *size, **options)
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", filled)
 
 
 def moved(given: Any, dtype: torch.dtype, device: str) -> list[Any]:

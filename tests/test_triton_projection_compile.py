@@ -7,14 +7,11 @@ thread, shared memory of a program.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from test_triton_compile import _resources
+from compiled import Compiler, run_script
 
 pytest.importorskip("triton")
 
@@ -27,13 +24,7 @@ MAX_SPILLED = {"_forward_kernel": 0, "_backward_kernel": 96, "_weigh_kernel": 0}
 
 
 def check(kinds: list[str], sizes: list[int], capabilities: list[int]) -> None:
-    # this process may interpret Triton, which is decided when it is imported
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    command = [sys.executable, __file__, json.dumps([kinds, sizes, capabilities])]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    kernels = json.loads(found.stdout)
+    kernels = run_script(__file__, kinds, sizes, capabilities)
     assert {kernel["name"] for kernel in kernels} == MAX_SPILLED.keys()
     assert {(k["kind"], k["n"], k["capability"]) for k in kernels} == {
         (kind, n, capability) for kind in kinds for n in sizes for capability in capabilities
@@ -56,48 +47,26 @@ def _compile(kinds: list[str], sizes: list[int], capabilities: list[int]) -> lis
     """Call the op up to the launches, which compile only."""
     import torch
     from test_ops_projection import arguments
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
 
     from fastchgnet.ops.gpu import projection, runtime
     from fastchgnet.ops.projection import MAX_PARTS, _forward
 
-    class NoDriver:
-        capability = 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", self.capability, 32)
-
-        def get_current_device(self) -> int:
-            # kernels are kept by device: each target counts as one
-            return self.capability
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    found: list[dict[str, Any]] = []
-
-    def compile_only(kernel: Any, grid: int, device: torch.device, *args: Any, **options: Any) -> None:
-        made = kernel.warmup(*args, grid=(grid,), **options)
-        found.append({"name": kernel.__name__, "programs": grid, **case, **_resources(made)})
-
-    runtime.launch = compile_only
+    compiler = Compiler()
     # as many multiprocessors as an H100 has
     runtime._n_multiprocessors = lambda device: 132
-    driver.set_active(NoDriver())
     for kind in kinds:
         for n in sizes:
             given = arguments(kind, n, torch.float32, 64)
             given = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
             grads = [None if t is None else torch.zeros_like(t) for t in _forward(*given)]
             grads += [None] * (1 + MAX_PARTS - len(grads))
-            for NoDriver.capability in capabilities:
-                case = {"kind": kind, "n": n, "capability": NoDriver.capability}
+            for compiler.capability in capabilities:
+                compiler.case = {"kind": kind, "n": n}
                 projection.forward(*given)
                 projection.backward(False, grads, *given)
                 projection.backward(True, grads, *given)
                 projection.backward_backward(given[:3], grads, *given)
-    return found
+    return compiler.found
 
 
 if __name__ == "__main__":

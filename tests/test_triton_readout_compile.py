@@ -7,13 +7,11 @@ thread, shared memory of a program.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import Compiler, run_script
 
 pytest.importorskip("triton")
 
@@ -24,13 +22,7 @@ MAX_SPILLED = {True: 0, False: 512}
 
 
 def check(capabilities: list[int], norms: list[bool]) -> None:
-    # this process may interpret Triton, which is decided when it is imported
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    command = [sys.executable, __file__, json.dumps([capabilities, norms])]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    kernels = json.loads(found.stdout)
+    kernels = run_script(__file__, capabilities, norms)
     assert {(kernel["name"], kernel["capability"]) for kernel in kernels} == {
         (name, capability) for name in KERNELS for capability in capabilities
     }
@@ -52,39 +44,13 @@ def _compile(capabilities: list[int], norms: list[bool]) -> list[dict[str, Any]]
     """Call the bodies up to the launches, which compile only."""
     import torch
     from test_ops_readout import arguments
-    from test_triton_compile import _resources
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
 
-    from fastchgnet.ops.gpu import readout, runtime
+    from fastchgnet.ops.gpu import readout
 
-    class NoDriver:
-        capability = 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", self.capability, 32)
-
-        def get_current_device(self) -> int:
-            # kernels are kept by device: each target counts as one
-            return self.capability
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    found: list[dict[str, Any]] = []
-    known: set[str] = set()
-
-    def compile_only(kernel: Any, grid: int, device: torch.device, *args: Any, **options: Any) -> None:
-        made = kernel.warmup(*args, grid=(grid,), **options)
-        if made.hash not in known:
-            known.add(made.hash)
-            found.append({"name": kernel.__name__, **case, **_resources(made)})
-
-    runtime.launch = compile_only
-    driver.set_active(NoDriver())
-    for NoDriver.capability in capabilities:
+    compiler = Compiler()
+    for compiler.capability in capabilities:
         for has_norm in norms:
-            case = {"capability": NoDriver.capability, "has_norm": has_norm}
+            compiler.case = {"has_norm": has_norm}
             # as the published networks have them
             inputs = arguments(130, [64] * (3 if has_norm else 2), has_norm, 64, torch.float32)
             given = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
@@ -93,7 +59,7 @@ def _compile(capabilities: list[int], norms: list[bool]) -> list[dict[str, Any]]
             # direct readouts have no gradient of the slope
             for by_slope in (None, given[0]):
                 readout.backward(True, given[0][:, 0], by_slope, *given)
-    return found
+    return compiler.found
 
 
 if __name__ == "__main__":

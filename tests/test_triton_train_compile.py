@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import Compiler, run_script
 
 pytest.importorskip("triton")
 
@@ -20,62 +16,20 @@ KERNELS = GRAPH_KERNELS | {"_gather_kernel", "_forward_kernel", "_backward_kerne
 
 
 def test_kernels_compile_without_spills_and_fused_operations() -> None:
-    # this process may interpret Triton, which is decided when it is imported
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    found = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    kernels = json.loads(found.stdout)
+    kernels = run_script(__file__)
     assert {(k["name"], k["capability"]) for k in kernels} == {(n, c) for n in KERNELS for c in (80, 90)}
     for kernel in kernels:
-        assert "STACK:0" in kernel["resources"] and "LOCAL:0" in kernel["resources"], kernel
+        assert kernel["spilled"] == kernel["local"] == 0, kernel
         # distances must be the same bits on every device
         assert kernel["name"] not in GRAPH_KERNELS or not kernel["fused"], kernel
 
 
-def _describe(compiled: Any) -> dict[str, Any]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
-    return {"resources": dump.stdout, "fused": "fma.rn.f64" in compiled.asm["ptx"]}
-
-
 def _compile_all() -> list[dict[str, Any]]:
     """Build a graph up to the launches, which compile only."""
-    import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    from fastchgnet.ops.gpu import runtime
-
-    class NoDriver:
-        capability = 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", self.capability, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    found = []
-
-    def compile_only(kernel: Any, grid: int, device: torch.device, *args: Any, **options: Any) -> None:
-        # kernels are kept for each device, and here all devices are the same one
-        kernel.device_caches.clear()
-        compiled = kernel.warmup(*args, grid=(grid,), **options)
-        found.append({"name": kernel.__name__, "capability": NoDriver.capability, **_describe(compiled)})
-
-    runtime.launch = compile_only
-    driver.set_active(NoDriver())
-    for NoDriver.capability in (80, 90):
+    compiler = Compiler()
+    for compiler.capability in (80, 90):
         _call_all()
-    return found
+    return compiler.found
 
 
 def _call_all() -> None:
