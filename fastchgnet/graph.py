@@ -9,6 +9,7 @@ Edges and short edges are sorted by centre, angles by their first short edge.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -52,6 +53,23 @@ class Systems(_Tensors):
     def atom_system(self) -> Tensor:
         """The system of each atom, [A], on the host."""
         return torch.arange(self.n_systems).repeat_interleave(torch.tensor(self.n_atoms, dtype=torch.int64))
+
+    def subset(self, indices: Sequence[int]) -> Systems:
+        """Take some systems, in this order."""
+        n_atoms = torch.tensor(self.n_atoms, dtype=torch.int64)
+        chosen = torch.tensor(indices, dtype=torch.int64)
+        count = n_atoms[chosen]
+        # from the number of a row among the chosen to that among all
+        shift = (n_atoms.cumsum(0) - n_atoms)[chosen] - (count.cumsum(0) - count)
+        rows = (torch.arange(int(count.sum())) + shift.repeat_interleave(count)).to(self.position.device)
+        chosen = chosen.to(self.cell.device)
+        return Systems(
+            atomic_number=self.atomic_number[rows],
+            position=self.position[rows],
+            cell=self.cell[chosen],
+            pbc=self.pbc[chosen],
+            n_atoms=tuple(count.tolist()),
+        )
 
 
 class Index(NamedTuple):

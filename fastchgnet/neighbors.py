@@ -69,6 +69,14 @@ def is_ordered(atoms: Atoms) -> bool:
     return all(len(species) == 1 and min(species.values()) > 1 - 1e-6 for species in sites)
 
 
+class Pairs(NamedTuple):
+    """Undirected pairs of atoms that may be neighbours; r_ij = r_j + image @ cell - r_i."""
+
+    center: Tensor  # [P]
+    neighbor: Tensor  # [P]
+    image: Tensor  # [P, 3]
+
+
 class _Bonds(NamedTuple):
     """Undirected neighbour pairs of all systems, short ones first."""
 
@@ -79,29 +87,55 @@ class _Bonds(NamedTuple):
     n_short: int
 
 
-def _find_bonds(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> _Bonds:
-    """Find every undirected pair within the cutoff; r_ij = r_j + image @ cell - r_i."""
-    # a little farther: which of the pairs at the very cutoff count is decided below, for every device alike
-    search = NeighborList(cutoff=atom_cutoff * (1 + 1e-9), full_list=False)
+def find_pairs(systems: Systems, cutoff: float) -> list[Pairs]:
+    """Find every undirected pair within the cutoff, for each system; atoms are numbered within it."""
+    search = NeighborList(cutoff=cutoff, full_list=False)
     position, cells, pbc = systems.position.numpy(), systems.cell.numpy(), systems.pbc.numpy()
     ends = np.cumsum(systems.n_atoms, dtype=np.int64)
-    found = [
-        (start, *search.compute(position[start:end], box, periodic, quantities="PS"))
-        for start, end, box, periodic in zip(np.concatenate([[0], ends]), ends, cells, pbc, strict=False)
-    ]
-    pairs = [p.astype(np.int64) + start for start, p, _ in found]
-    pair = torch.from_numpy(np.concatenate([*pairs, np.zeros((0, 2), np.int64)]))
-    image = torch.from_numpy(
-        np.concatenate([*(s for _, _, s in found), np.zeros((0, 3), np.int32)]).astype(np.int64)
+    pairs = []
+    for start, end, box, periodic in zip(np.concatenate([[0], ends]), ends, cells, pbc, strict=False):
+        atoms, image = search.compute(position[start:end], box, periodic, quantities="PS")
+        center, neighbor = torch.from_numpy(atoms.astype(np.int64)).unbind(1)
+        pairs.append(Pairs(center, neighbor, torch.from_numpy(image.astype(np.int64))))
+    return pairs
+
+
+def concatenated(pairs: Sequence[Pairs], n_atoms: Sequence[int]) -> Pairs:
+    """Join the pairs of systems of so many atoms; atoms are numbered throughout."""
+    if len(pairs) == 1:
+        return pairs[0]
+    none = torch.zeros(0, dtype=torch.int64)
+    first = torch.tensor([0, *n_atoms[:-1]]).cumsum(0)[: len(pairs)]
+    shift = first.repeat_interleave(torch.tensor([len(one.center) for one in pairs], dtype=torch.int64))
+    return Pairs(
+        torch.cat([none, *(one.center for one in pairs)]) + shift,
+        torch.cat([none, *(one.neighbor for one in pairs)]) + shift,
+        torch.cat([none.view(0, 3), *(one.image for one in pairs)]),
     )
-    pairs_per_system = torch.tensor([len(p) for p in pairs], dtype=torch.int64)
-    cell = systems.cell.repeat_interleave(pairs_per_system, 0)
-    vector = pair_vector(systems.position[pair[:, 0]], systems.position[pair[:, 1]], image, cell)
+
+
+def _find_bonds(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> _Bonds:
+    """Find every undirected pair within the cutoff."""
+    # a little farther: which of the pairs at the very cutoff count is decided below, for every device alike
+    pairs = concatenated(find_pairs(systems, atom_cutoff * (1 + 1e-9)), systems.n_atoms)
+    cell = systems.cell[systems.atom_system[pairs.center]]
+    position = systems.position
+    vector = pair_vector(position[pairs.center], position[pairs.neighbor], pairs.image, cell)
     distance2 = squared_length(vector)
-    is_short, is_near = distance2 < bond_cutoff**2, distance2 < atom_cutoff**2
-    order = torch.cat([is_short.nonzero()[:, 0], (is_near & ~is_short).nonzero()[:, 0]])
-    pair = pair[order]
-    return _Bonds(pair[:, 0], pair[:, 1], image[order], vector[order], int(is_short.sum()))
+    return _select(pairs, vector, distance2 < atom_cutoff**2, distance2 < bond_cutoff**2)
+
+
+def near_first(is_near: Tensor, is_short: Tensor) -> tuple[Tensor, int]:
+    """Number the near ones of P pairs, the short ones first; and count those."""
+    short = is_short.nonzero()[:, 0]
+    return torch.cat([short, (is_near & ~is_short).nonzero()[:, 0]]), len(short)
+
+
+def _select(pairs: Pairs, vector: Tensor, is_near: Tensor, is_short: Tensor) -> _Bonds:
+    """Keep the pairs that are near, the short ones first."""
+    order, n_short = near_first(is_near, is_short)
+    center, neighbor, image = (values.index_select(0, order) for values in pairs)
+    return _Bonds(center, neighbor, image, vector.index_select(0, order), n_short)
 
 
 def pair_vector(center: Tensor, neighbor: Tensor, image: Tensor, cell: Tensor) -> Tensor:
@@ -143,18 +177,40 @@ def build_graph(systems: Systems, atom_cutoff: float, bond_cutoff: float) -> Bat
         atom_cutoff: radius of edges, A.
         bond_cutoff: radius of the short bonds that form angles, A.
     """
-    n_atoms = torch.tensor(systems.n_atoms, dtype=torch.int64)
-    total_atoms = len(systems.atomic_number)
-    bonds = _find_bonds(systems, atom_cutoff, bond_cutoff)
-    edges = _edges(bonds, total_atoms)
-    if total_atoms and not edges["atom_edge"].diff().all():
+    batch = _assemble(systems, _find_bonds(systems, atom_cutoff, bond_cutoff))
+    warn_of_lone_atoms(batch, atom_cutoff)
+    return batch
+
+
+def warn_of_lone_atoms(batch: Batch, atom_cutoff: float) -> None:
+    """Warn where an atom has no neighbours."""
+    if len(batch.atomic_number) and not batch.atom_edge.diff().all():
         warnings.warn(
             f"some atoms have no neighbour within {atom_cutoff:g} A: they keep the model's free-atom energy",
-            stacklevel=2,
+            stacklevel=3,
         )
+
+
+def graph_of_pairs(systems: Systems, pairs: Pairs, vector: Tensor, near: Tensor, short: Tensor) -> Batch:
+    """Build the graph of crystals, on their device, from pairs that have been found before.
+
+    Args:
+        systems: S crystals.
+        pairs: P pairs.
+        vector: r_ij of each, [P, 3] float64.
+        near: whether it is a bond, [P].
+        short: whether it is a short one, [P].
+    """
+    return _assemble(systems, _select(pairs, vector, near, short))
+
+
+def _assemble(systems: Systems, bonds: _Bonds) -> Batch:
+    n_atoms = torch.tensor(systems.n_atoms, dtype=torch.int64, device=systems.cell.device)
+    total_atoms = len(systems.atomic_number)
+    edges = _edges(bonds, total_atoms)
     return Batch(
         atomic_number=systems.atomic_number,
-        atom_system=systems.atom_system,
+        atom_system=systems.atom_system.to(systems.cell.device),
         n_atoms=n_atoms,
         system_start=_starts(n_atoms),
         cell=systems.cell,
@@ -179,7 +235,7 @@ def _edges(bonds: _Bonds, n_atoms: int) -> dict[str, Tensor]:
     both_ends = torch.cat([bonds.center, bonds.neighbor])
     edge_center, end = both_ends.sort(stable=True)
     edge_of_end = torch.empty_like(end)
-    edge_of_end[end] = torch.arange(2 * n_bonds)
+    edge_of_end[end] = torch.arange(2 * n_bonds, device=end.device)
     other_end = (end + n_bonds) % max(2 * n_bonds, 1)
     return {
         "bond_edge": edge_of_end.view(2, n_bonds).t().contiguous(),
@@ -201,13 +257,14 @@ def _angles(edges: dict[str, Tensor], n_short_bonds: int, n_atoms: int) -> dict[
     per_atom = torch.bincount(center, minlength=n_atoms)
     # of each short edge: the first one at its centre, its own place there, and how many others there are
     first = _starts(per_atom)[center]
-    place = torch.arange(len(edge)) - first
+    row = torch.arange(len(edge), device=edge.device)
+    place = row - first
     others = per_atom[center] - 1
     start = _starts(others)
 
-    angle_i = torch.arange(len(edge)).repeat_interleave(others)
+    angle_i = row.repeat_interleave(others)
     place_i = place[angle_i]
-    place_j = torch.arange(len(angle_i)) - start[angle_i]
+    place_j = torch.arange(len(angle_i), device=edge.device) - start[angle_i]
     place_j += place_j >= place_i  # leave out the diagonal
     angle_j = first[angle_i] + place_j
     return {

@@ -72,15 +72,20 @@ class Potential(nn.Module):
         """Build the graph of crystals with this model's cutoffs, on this model's device."""
         return build_graph(systems, self.config.atom_cutoff, self.config.bond_cutoff).to(self.device)
 
-    def forward(self, batch: Batch) -> Output:
-        """Evaluate a batch of S systems with A atoms; shapes and units are those of `Output`."""
+    def forward(self, batch: Batch, derivatives: bool = True) -> Output:
+        """Evaluate a batch of S systems with A atoms; shapes and units are those of `Output`.
+
+        Without `derivatives` of the energy, forces and stress are NaN.
+        """
         vector = batch.bond_vector.to(self.dtype)
-        if self.heads is None:
+        if self.heads is None and derivatives:
             return self._conservative(batch, vector)
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             features = self.model(batch, vector)
-            forces, stress = self.heads(batch, vector, features)
-            return self._output(batch, features, forces, stress)
+            if self.heads is None or not derivatives:
+                forces = vector.new_full((len(batch.atomic_number), 3), torch.nan)
+                return self._output(batch, features, forces, vector.new_full(batch.cell.shape, torch.nan))
+            return self._output(batch, features, *self.heads(batch, vector, features))
 
     def _conservative(self, batch: Batch, vector: Tensor) -> Output:
         with torch.enable_grad():

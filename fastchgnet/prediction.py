@@ -88,9 +88,32 @@ def predict(
 def sound_systems(structures: Sequence[Atoms | Structure]) -> Systems:
     """Concatenate structures; raise InputError where one is no crystal, as `predict` does."""
     systems = systems_from_atoms(structures)
-    for frame in _frames(systems):
-        frame.check()
+    for index, reason in flaws(systems).items():
+        raise InputError(f"structure {index}: {reason}")
     return systems
+
+
+def flaws(systems: Systems) -> dict[int, str]:
+    """Say why systems on the host are no crystals, by their index."""
+    parts = zip(
+        systems.atomic_number.split(systems.n_atoms),
+        systems.position.split(systems.n_atoms),
+        systems.cell,
+        systems.pbc,
+        strict=True,
+    )
+    frames = (
+        Frame(
+            numbers=numbers.numpy(),
+            positions=positions.numpy(),
+            cell=cell.numpy(),
+            pbc=pbc.numpy(),
+            source="",
+            group="",
+        )
+        for numbers, positions, cell, pbc in parts
+    )
+    return {index: flaw for index, frame in enumerate(frames) if (flaw := frame.flaw())}
 
 
 def predict_systems(
@@ -104,10 +127,10 @@ def predict_systems(
     `progress` is called with the number of systems after each batch.
     """
     for start in range(0, systems.n_systems, batch_size):
-        chunk = _select(systems, slice(start, start + batch_size))
+        chunk = systems.subset(range(start, min(start + batch_size, systems.n_systems)))
         sizes = graph_sizes(chunk, potential.config.atom_cutoff, potential.config.bond_cutoff)
         for batch in pack(sizes, batch_size):
-            selected = _select(chunk, batch)
+            selected = chunk.subset(range(batch.start, batch.stop))
             yield from _predictions(potential, selected, predict_batch(potential, selected))
             progress(selected.n_systems)
 
@@ -286,35 +309,6 @@ def _predictions(potential: Potential, systems: Systems, output: Output) -> Iter
             functional=potential.provenance.functional,
             energy_correction=potential.provenance.energy_correction,
         )
-
-
-def _frames(systems: Systems) -> Iterator[Frame]:
-    """Take systems apart into frames without labels, named by their index."""
-    per_atom = (systems.atomic_number.split(systems.n_atoms), systems.position.split(systems.n_atoms))
-    parts = zip(*per_atom, systems.cell, systems.pbc, strict=True)
-    for index, (numbers, positions, cell, pbc) in enumerate(parts):
-        yield Frame(
-            numbers=numbers.numpy(),
-            positions=positions.numpy(),
-            cell=cell.numpy(),
-            pbc=pbc.numpy(),
-            source=f"structure {index}",
-            group="",
-        )
-
-
-def _select(systems: Systems, chosen: slice) -> Systems:
-    """Cut a run of consecutive systems out."""
-    first = sum(systems.n_atoms[: chosen.start])
-    n_atoms = systems.n_atoms[chosen]
-    atoms = slice(first, first + sum(n_atoms))
-    return Systems(
-        atomic_number=systems.atomic_number[atoms],
-        position=systems.position[atoms],
-        cell=systems.cell[chosen],
-        pbc=systems.pbc[chosen],
-        n_atoms=n_atoms,
-    )
 
 
 def _plain(values: NDArray[np.floating]) -> Any:

@@ -59,9 +59,12 @@ class Frame:
 
     def check(self) -> None:
         """Raise InputError, naming the frame and the reason, where no crystal can look like this."""
-        reason = self._malformed() or self._unphysical()
-        if reason:
-            raise InputError(f"{self.source}: {reason}")
+        if flaw := self.flaw():
+            raise InputError(f"{self.source}: {flaw}")
+
+    def flaw(self) -> str | None:
+        """Say why no crystal can look like this."""
+        return self._malformed() or self._unphysical()
 
     def _malformed(self) -> str | None:
         n = len(self.numbers)

@@ -1,0 +1,169 @@
+"""Crystals that move: their neighbours are searched for now and then, and sifted in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastchgnet.data.frame import MIN_DISTANCE, periodic_box
+from fastchgnet.errors import InputError
+from fastchgnet.graph import Batch, Output, Systems
+from fastchgnet.neighbors import (
+    Pairs,
+    cell_volume,
+    concatenated,
+    find_pairs,
+    graph_of_pairs,
+    near_first,
+    pair_vector,
+    squared_length,
+    warn_of_lone_atoms,
+)
+from fastchgnet.potential import Potential
+from fastchgnet.prediction import flaws
+
+
+class Unsound(InputError):
+    """Some crystals of a batch are none any more.
+
+    Args:
+        reasons: what is wrong with each, by its number in the batch.
+    """
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        self.reasons = reasons
+        super().__init__("; ".join(f"structure {index}: {reason}" for index, reason in reasons.items()))
+
+
+class MovingSystems:
+    """S crystals whose A atoms and cells move, and their graph.
+
+    Pairs within the cutoff and a skin are kept until, given how far atoms have moved and cells have been
+    strained, one from outside could have come within the cutoff. Every step takes those that are within it
+    now: the graph is a function of positions and cells alone, whatever they were before. While no pair
+    crosses a cutoff only the vectors change.
+
+    Args:
+        potential: the model, on the device where it shall run.
+        systems: the crystals, on the host; soundness is checked when they are given a geometry.
+        skin: width beyond the cutoff, A.
+    """
+
+    def __init__(self, potential: Potential, systems: Systems, skin: float = 0.5) -> None:
+        if not skin >= 0:
+            raise InputError(f"a skin must not be negative: {skin}")
+        self.potential = potential
+        self.skin = skin
+        self.systems = systems.to(potential.device)
+        self._atom_system = systems.atom_system.to(potential.device)
+        self._found: dict[int, Pairs] = {}
+        self._pairs: Pairs | None = None
+        self._position = self.systems.position  # where pairs were searched for last, of each system
+        self._cell = self.systems.cell
+        self._inverse = torch.zeros_like(self._cell)
+        self._pair_system = self._atom_system[:0]
+        self._ranges: Tensor | None = None  # of the pairs: far, near or short
+        self._order = self._atom_system[:0]
+        self._batch: Batch | None = None
+
+    def evaluate(self, position: Tensor, cell: Tensor, derivatives: bool = True) -> Output:
+        """Evaluate the crystals at positions [A, 3] and cells [S, 3, 3], float64; see `graph`.
+
+        Without `derivatives` forces and stress are NaN.
+        """
+        return self.potential(self.graph(position, cell), derivatives)
+
+    def graph(self, position: Tensor, cell: Tensor) -> Batch:
+        """Build the graph at positions [A, 3] and cells [S, 3, 3], float64, on the potential's device.
+
+        Raises:
+            Unsound: for systems that `fastchgnet.predict` would refuse.
+        """
+        config = self.potential.config
+        self.systems = replace(self.systems, position=position, cell=cell)
+        if self._pairs is None:
+            self._search(range(self.systems.n_systems))
+        else:
+            stale = self._stale()
+            if stale.any():
+                self._search(stale.nonzero()[:, 0].tolist())
+        pairs = self._pairs
+        assert pairs is not None
+        start, end = (position.index_select(0, atoms) for atoms in (pairs.center, pairs.neighbor))
+        vector = pair_vector(start, end, pairs.image, cell.index_select(0, self._pair_system))
+        distance2 = squared_length(vector)
+        if len(distance2) and distance2.min() < MIN_DISTANCE**2:
+            self._refuse(range(self.systems.n_systems), self.systems.to("cpu"))
+        near, short = distance2 < config.atom_cutoff**2, distance2 < config.bond_cutoff**2
+        ranges = near.to(torch.int8) + short
+        if self._batch is None or self._ranges is None or not torch.equal(ranges, self._ranges):
+            is_first = self._batch is None
+            self._order, self._ranges = near_first(near, short)[0], ranges
+            self._batch = graph_of_pairs(self.systems, pairs, vector, near, short)
+            if is_first:
+                warn_of_lone_atoms(self._batch, config.atom_cutoff)
+            return self._batch
+        volume = cell_volume(cell, self.systems.pbc)
+        return replace(self._batch, bond_vector=vector.index_select(0, self._order), cell=cell, volume=volume)
+
+    def _stale(self) -> Tensor:
+        """Tell of which systems [S] a pair might be missing.
+
+        A pair r that was farther away than cutoff + skin has become r D + u_j - u_i, with D the deformation
+        of the cell and u the rest of the displacements; it is at least
+        (1 - |D - 1|)(cutoff + skin) - 2 max |u| long. NaN is stale.
+        """
+        systems, cutoff = self.systems, self.potential.config.atom_cutoff
+        reach: Tensor | float = cutoff + self.skin
+        before = self._position
+        if not torch.equal(systems.cell, self._cell):
+            # along open axes the cell means nothing and nothing is deformed
+            change = torch.where(systems.pbc[:, :, None], systems.cell - self._cell, 0.0)
+            strain = self._inverse @ change
+            reach = reach * (1 - torch.linalg.matrix_norm(strain))
+            before = before + (before[:, None] @ strain.index_select(0, self._atom_system))[:, 0]
+        moved = torch.linalg.vector_norm(systems.position - before, dim=1)
+        farthest = moved.new_zeros(systems.n_systems).scatter_reduce(0, self._atom_system, moved, "amax")
+        return ~(reach - 2 * farthest >= cutoff)
+
+    def _search(self, stale: Sequence[int]) -> None:
+        """Search for the pairs of some systems anew."""
+        host = self.systems.to("cpu")
+        some = host.subset(stale)
+        self._refuse(stale, some)
+        device, cutoff = self._cell.device, self.potential.config.atom_cutoff + self.skin
+        boxes = map(periodic_box, some.cell.numpy(), some.pbc.numpy())
+        inverse = np.array([np.linalg.inv(box) for box in boxes]).reshape(-1, 3, 3)
+        if self._pairs is None:
+            self._position, self._cell = self.systems.position.clone(), self.systems.cell.clone()
+        for index, found in zip(stale, find_pairs(some, cutoff), strict=True):
+            self._found[index] = _sorted(found)
+        chosen = torch.tensor(stale, device=device)
+        moved = torch.isin(self._atom_system, chosen)
+        self._position[moved] = self.systems.position[moved]
+        self._cell[chosen] = self.systems.cell[chosen]
+        self._inverse[chosen] = torch.from_numpy(inverse).to(device)
+        joined = concatenated([self._found[index] for index in range(host.n_systems)], host.n_atoms)
+        self._pairs = Pairs(*(values.to(device) for values in joined))
+        self._pair_system = self._atom_system.index_select(0, self._pairs.center)
+        self._ranges = None
+
+    def _refuse(self, indices: Sequence[int], host: Systems) -> None:
+        """Raise Unsound where one of these systems, given on the host, is no crystal."""
+        if found := flaws(host):
+            raise Unsound({indices[index]: reason for index, reason in found.items()})
+
+
+def _sorted(pairs: Pairs) -> Pairs:
+    """Put pairs into an order and a direction that depend on nothing but the set."""
+    center, neighbor, image = (values.numpy() for values in pairs)
+    first = image[np.arange(len(image)), (image != 0).argmax(1)]  # of the components that are not zero
+    back = (center > neighbor) | ((center == neighbor) & (first < 0))
+    start, end = np.where(back, neighbor, center), np.where(back, center, neighbor)
+    image = np.where(back[:, None], -image, image)
+    order = np.lexsort((*image.T[::-1], end, start))
+    return Pairs(*(torch.from_numpy(values[order]) for values in (start, end, image)))
