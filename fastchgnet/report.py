@@ -19,6 +19,7 @@ from rich.table import Table as RichTable
 from fastchgnet import __version__
 from fastchgnet.evaluate import QUANTITIES, SHIFTED, Evaluation, Metric
 from fastchgnet.files import write_atomically
+from fastchgnet.markup import page, paragraphs
 from fastchgnet.plots import (
     NEEDS_MATPLOTLIB,
     Curve,
@@ -292,37 +293,11 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
         yield lambda n: progress.advance(task, n)
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #333;
-  max-width: 64rem; margin: 2rem auto; padding: 0 1rem }}
-h1 {{ font-size: 1.6rem }} h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem }}
-th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child {{ text-align: left }}
-thead th {{ border-bottom: 2px solid #333 }}
-img {{ max-width: 100% }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
-
-
 def _page(evaluation: Evaluation, about: Mapping[str, str], images: Mapping[str, bytes]) -> str:
-    title = html.escape(f"Evaluation of {evaluation.model.name}")
     first, *others = summary_tables(evaluation)
     described = "; ".join(f"{name} {value}" for name, value in about.items())
     parts = [
-        f"<p>{html.escape(described)}; {evaluation.n_frames} frames.</p>",
-        *(f"<p>{html.escape(sentence)}</p>" for sentence in notes(evaluation)),
+        paragraphs([f"{described}; {evaluation.n_frames} frames.", *notes(evaluation)]),
         first.html(),
     ]
     headings = {"parity.png": "Predicted against labelled", "learning.png": "Learning curves"}
@@ -331,8 +306,7 @@ def _page(evaluation: Evaluation, about: Mapping[str, str], images: Mapping[str,
         parts.append(f"<h2>{headings[name]}</h2>")
         parts.append(f'<img alt="{headings[name]}" src="data:image/png;base64,{encoded}">')
     parts += [table.html() for table in (*others, *detail_tables(evaluation))]
-    parts.append(f"<p>FastCHGNet {__version__}.</p>")
-    return _PAGE.format(title=title, body="\n".join(parts))
+    return page(f"Evaluation of {evaluation.model.name}", "\n".join(parts))
 
 
 def _write(path: Path, content: str | bytes) -> None:
