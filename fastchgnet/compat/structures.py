@@ -1,0 +1,44 @@
+"""pymatgen's structures, which chgnet gives and takes; optional here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ase import Atoms
+
+from fastchgnet.errors import InputError
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+NEEDS_PYMATGEN = "structures as chgnet gives them need pymatgen: pip install 'fastchgnet[pymatgen]'"
+
+
+def require_pymatgen() -> None:
+    """Raise InputError where pymatgen is not installed."""
+    try:
+        import pymatgen.core  # noqa: F401
+    except ImportError as error:
+        raise InputError(NEEDS_PYMATGEN) from error
+
+
+def to_atoms(structure: Any) -> Atoms:
+    """Turn a pymatgen Structure or Molecule into ase Atoms; Atoms stay the same object."""
+    if isinstance(structure, Atoms):
+        return structure
+    if not hasattr(structure, "sites"):
+        raise InputError(f"neither ase Atoms nor a pymatgen Structure: {type(structure)}")
+    require_pymatgen()
+    from pymatgen.io.ase import AseAtomsAdaptor
+
+    return AseAtomsAdaptor.get_atoms(structure)
+
+
+def to_structure(atoms: Any) -> Structure:
+    """Turn ase Atoms into a pymatgen Structure; a Structure stays the same object."""
+    if not isinstance(atoms, Atoms):
+        return atoms
+    require_pymatgen()
+    from pymatgen.io.ase import AseAtomsAdaptor
+
+    return AseAtomsAdaptor.get_structure(atoms)
