@@ -195,8 +195,9 @@ def _movie_section(movies: Mapping[str, Sequence[Atoms]]) -> str:
     return "\n".join(
         [
             "<h2>Structures</h2>",
-            '<p id="movie-choice"><select id="movie-name" aria-label="system"></select> '
-            '<span id="movie-caption"></span></p>',
+            '<p><select id="movie-name" aria-label="system"></select><span id="movie-caption"></span>'
+            '<label id="movie-moments"><input type="checkbox" id="movie-by-moment"> '
+            "colours by magnetic moment</label></p>",
             '<div id="movie-view"><div id="movie-meta"></div><div id="movie-structure"></div></div>',
             '<div id="movie-info"></div>',
             '<p id="movie-legend"></p>',

@@ -15,7 +15,7 @@ STYLE = """
 #movie-meta { display: none }
 #movie-info { min-height: 4.5rem }
 #movie-name { font: inherit; max-width: 60% }
-#movie-caption { color: #666 }
+#movie-caption { color: #666; margin: 0 1rem }
 #movie-legend span { display: inline-block; margin-right: 1.2rem; white-space: nowrap }
 #movie-legend i { display: inline-block; width: .9rem; height: .9rem; border-radius: 50%;
   border: 1px solid #888; margin-right: .4rem; vertical-align: -.1rem }
@@ -29,7 +29,7 @@ CURVES = """
     legend: {orientation: 'h', y: -0.25},
     hoverlabel: {namelength: -1},
   };
-  const axis = {gridcolor: '#e5e5e5', linecolor: ink, ticks: 'outside', zeroline: false};
+  const axis = {gridcolor: '#e5e5e5', linecolor: ink, ticks: 'outside', zeroline: false, automargin: true};
   const buttons = ['toImage', 'zoom2d', 'pan2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d'];
   const config = {displaylogo: false, responsive: true, modeBarButtons: [buttons]};
   const place = document.getElementById('panels');
@@ -75,17 +75,18 @@ window.addEventListener('load', () => {
       return {...structure, names, size: names.length};
     });
     const cutoff = 3.5;
-    const environments = 'magmom' in movie.properties
-      ? structures.flatMap(({size}, structure) =>
-          Array.from({length: size}, (_, center) => ({structure, center, cutoff})))
-      : undefined;
+    // chemiscope takes values of atoms only beside a list of all atoms
+    const environments = 'magmom' in movie.properties && {
+      environments: structures.flatMap(({size}, structure) =>
+        Array.from({length: size}, (_, center) => ({structure, center, cutoff}))),
+    };
     const look = {
       unitCell: movie.periodic, bonds: structures[0].size <= 500, axes: movie.periodic ? 'abc' : 'off',
       keepOrientation: true, playbackDelay: 100, camera: camera(structures[0]),
       environments: {activated: false},
     };
     const settings = {target: 'structure', structure: [look]};
-    return {meta: {name: movie.name}, structures, environments, properties: movie.properties, settings};
+    return {meta: {name: movie.name}, structures, ...environments, properties: movie.properties, settings};
   }
 
   async function show(movie) {
@@ -97,8 +98,11 @@ window.addEventListener('load', () => {
       return entry;
     }));
     get('movie-info').style.display = movie.structures.length > 1 ? '' : 'none';
+    get('movie-moments').style.display = 'magmom' in movie.properties ? '' : 'none';
+    get('movie-by-moment').checked = false;
     try {
-      if (shown) shown.remove();
+      shown?.remove();
+      shown = undefined;
       const places = {meta: 'movie-meta', structure: 'movie-structure', info: 'movie-info'};
       shown = window.movie = await Chemiscope.StructureVisualizer.load(places, dataset(movie));
     } catch (error) {
@@ -110,6 +114,12 @@ window.addEventListener('load', () => {
   choice.replaceChildren(...movies.map(({name}) => new Option(name)));
   choice.disabled = movies.length === 1;
   choice.addEventListener('change', () => show(movies[choice.selectedIndex]));
+  get('movie-by-moment').addEventListener('change', ({target}) => {
+    const moments = movies[choice.selectedIndex].properties.magmom.values;
+    const max = moments.reduce((largest, moment) => Math.max(largest, moment), 0.01);  // of all frames
+    const color = target.checked ? {property: 'magmom', min: 0, max} : {property: 'element'};
+    shown?.applySettings({structure: [{color}]});
+  });
   show(movies[0]);
 });
 """
