@@ -1,0 +1,151 @@
+"""What a simulation samples: its settings, the surroundings of each crystal, and the first velocities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from torch import Tensor
+
+from fastchgnet.errors import InputError
+from fastchgnet.sim.integrators import (
+    Bath,
+    Step,
+    at_rest,
+    kinetic_energy,
+    langevin,
+    martyna_tobias_klein,
+    nose_hoover,
+    velocity_verlet,
+)
+from fastchgnet.units import GPA
+
+Ensemble = Literal["nve", "nvt", "npt"]
+Thermostat = Literal["nose-hoover", "langevin"]
+Velocities = Literal["random", "given"]
+
+_STEPS: dict[tuple[Ensemble, Thermostat], Step] = {
+    ("nve", "nose-hoover"): velocity_verlet,
+    ("nvt", "nose-hoover"): nose_hoover,
+    ("nvt", "langevin"): langevin,
+    ("npt", "nose-hoover"): martyna_tobias_klein,
+}
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How crystals move, in the units in which people say it.
+
+    Raises:
+        InputError: a setting that makes no sense, by name.
+    """
+
+    ensemble: Ensemble = "nve"
+    thermostat: Thermostat = "nose-hoover"  # of NVT; that of NPT is Nose-Hoover's, NVE has none
+    timestep: float = 1.0  # fs
+    thermostat_time: float = 100.0  # fs; of Langevin's thermostat 1 / friction
+    barostat_time: float = 1000.0  # fs
+    pressure: float = 0.0  # GPa
+    velocities: Velocities = "random"  # the first: drawn from the seed, or those of the crystals
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        for name, kind in (("ensemble", Ensemble), ("thermostat", Thermostat), ("velocities", Velocities)):
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(
+                    f"{name} {getattr(self, name)!r} is none of {', '.join(map(str, get_args(kind)))}"
+                )
+        for name in ("timestep", "thermostat_time", "barostat_time"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(
+                    f"the {name.replace('_', ' ')} must be greater than zero: {getattr(self, name):g} fs"
+                )
+        if not math.isfinite(self.pressure):
+            raise InputError(f"the pressure must be a number: {self.pressure} GPa")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InputError(f"the seed must be between 0 and 2^63 - 1: {self.seed}")
+        if (self.ensemble, self.thermostat) not in _STEPS:
+            raise InputError(f"{self.ensemble} does not run with the thermostat {self.thermostat}")
+
+    @property
+    def step(self) -> Step:
+        """The integrator."""
+        return _STEPS[self.ensemble, self.thermostat]
+
+    @property
+    def draws(self) -> bool:
+        """Whether steps need random numbers."""
+        return self.step is langevin
+
+
+def make_bath(crystals: Sequence[Atoms], temperature: Sequence[float], settings: Settings) -> Bath:
+    """Gather masses and surroundings of crystals at their temperatures, K, on the host.
+
+    A crystal has three degrees of freedom fewer than coordinates, since its centre of mass rests; one atom
+    has three.
+
+    Raises:
+        InputError: a temperature that is not above zero, or a crystal whose pressure cannot be kept.
+    """
+    for kelvin in temperature:
+        if not 0 < kelvin < math.inf:
+            raise InputError(f"the temperature must be above zero: {kelvin:g} K")
+    if settings.ensemble == "npt":
+        for number, atoms in enumerate(crystals):
+            if not atoms.pbc.all():
+                raise InputError(f"npt needs three periodic directions: structure {number} has fewer")
+    n_atoms = [len(atoms) for atoms in crystals]
+    masses = [atoms.get_masses() for atoms in crystals]
+    held = [1 / mass.sum() if len(mass) > 1 else 0.0 for mass in masses]
+    count = torch.tensor(n_atoms, dtype=torch.int64)
+    pressure = settings.pressure * GPA if settings.ensemble == "npt" else 0.0
+    return Bath(
+        mass=torch.from_numpy(np.concatenate([np.zeros(0), *masses]))[:, None],
+        hold=torch.tensor(held, dtype=torch.float64)[:, None],
+        n_free=torch.where(count > 1, 3 * count - 3, 3).double(),
+        kT=units.kB * torch.tensor(temperature, dtype=torch.float64),
+        pressure=torch.full((len(crystals),), pressure, dtype=torch.float64),
+        atom_system=torch.arange(len(crystals)).repeat_interleave(count),
+        system_start=torch.tensor([0, *n_atoms]).cumsum(0),
+        atoms_each=n_atoms[0] if len(set(n_atoms)) == 1 else None,
+        timestep=settings.timestep * units.fs,
+        thermostat_time=settings.thermostat_time * units.fs,
+        barostat_time=settings.barostat_time * units.fs,
+    )
+
+
+def random_velocities(normal: Tensor, bath: Bath) -> Tensor:
+    """Turn normal numbers [A, 3] into velocities of exactly the bath's temperature, at rest as a whole.
+
+    They are Maxwell's and Boltzmann's but for the kinetic energy, which does not fluctuate: what a run starts
+    with should be what was asked for.
+    """
+    kT = bath.kT.index_select(0, bath.atom_system)[:, None]
+    velocity = at_rest(normal * (kT / bath.mass).sqrt(), bath)
+    scale = (0.5 * bath.n_free * bath.kT / kinetic_energy(velocity, bath)).sqrt()
+    return velocity * scale.index_select(0, bath.atom_system)[:, None]
+
+
+def given_velocities(crystals: Sequence[Atoms], bath: Bath) -> Tensor:
+    """Take the velocities of crystals as ASE holds them, but for that of the centre of mass.
+
+    Raises:
+        InputError: a crystal has none.
+    """
+    for number, atoms in enumerate(crystals):
+        if not atoms.has("momenta"):
+            raise InputError(f"structure {number} has no velocities to start with")
+    return at_rest(torch.from_numpy(np.concatenate([atoms.get_velocities() for atoms in crystals])), bath)
+
+
+def temperature_of(kinetic: Tensor, bath: Bath) -> Tensor:
+    """Kinetic temperature, K, [S]."""
+    return kinetic * (2 / units.kB) / bath.n_free
