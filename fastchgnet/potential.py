@@ -96,9 +96,11 @@ class Potential(nn.Module):
                 (pair_force,) = torch.autograd.grad(
                     features.site_energy.sum(), vector, create_graph=self.training
                 )
+        with torch.set_grad_enabled(self.training):
             forces, stress = forces_and_stress(pair_force, vector, pair_force, batch)
             output = self._output(batch, features, forces, stress)
-        return output if self.training else Output(*(tensor.detach() for tensor in output))
+        # the magnetic moments come from the features as they are
+        return output if self.training else output._replace(magmoms=output.magmoms.detach())
 
     def _output(self, batch: Batch, features: Features, forces: Tensor, stress: Tensor) -> Output:
         """Add the reference energies and sum over atoms, both in float64."""

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from fastchgnet.graph import Index
 from fastchgnet.ops._register import Family
+from fastchgnet.ops.cpu import bases
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.segments import sum_rows
 
@@ -218,6 +219,8 @@ def _forward(
     reverse: Tensor,
     n_functions: int,
 ) -> Tensor:
+    if frequency is not None and (compiled := bases.library(short_edge, frequency)):
+        return bases.angular(compiled, short_edge, frequency, i, j)
     angles = _Angles(short_edge, i, start, j, reverse)
     if frequency is None:
         return _scaled(_chebyshev(angles.cosine, n_functions))
@@ -226,6 +229,9 @@ def _forward(
 
 def _backward(with_parameters: bool, grad: Tensor, short_edge: Tensor, *rest: Any) -> list[Tensor | None]:
     frequency, *index, n_functions = rest
+    compiled = None if with_parameters else bases.library(short_edge, frequency)
+    if compiled is not None:
+        return [bases.angular_backward(compiled, grad, short_edge, frequency, index)]
     angles = _Angles(short_edge, *index)
     series = _series(angles, frequency, n_functions)
     by_short_edge = angles.summed(angles.both(series.first(grad)) * angles.p_i)

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.ops._register import Family
+from fastchgnet.ops.cpu import projection as cpu_projection
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.segments import sum_rows
 
@@ -198,12 +199,17 @@ class _Pulled:
 
 def _forward(*inputs: Any) -> tuple[Any, ...]:
     m = Inputs(*inputs)
+    if compiled := cpu_projection.library(m):
+        return tuple(cpu_projection.forward(compiled, m))
     x = _updated(m.s, _times(_at_ends(m.t, m), m.w), m)
     return None if m.t is None else x, *_projected(x, m, with_bias=True)
 
 
 def _backward(with_parameters: bool, grads: Sequence[Any], *inputs: Any) -> list[Any]:
     m = Inputs(*inputs)
+    compiled = None if with_parameters else cpu_projection.library(m)
+    if compiled is not None:
+        return cpu_projection.backward(compiled, m, grads)
     pulled = _Pulled(grads, m)
     total = _at_ends(m.t, m)
     by_t = _each_end(_times(pulled.h, m.w), m)

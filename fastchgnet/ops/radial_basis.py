@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.ops._register import Family
+from fastchgnet.ops.cpu import bases
 from fastchgnet.ops.envelope import envelope, envelope_slope
 from fastchgnet.ops.gpu import runtime
 
@@ -80,12 +81,17 @@ class _Waves:
 
 
 def _forward(distance: Tensor, frequency: Tensor, cutoff: float, p: int) -> Tensor:
+    if compiled := bases.library(distance, frequency):
+        return bases.radial(compiled, distance, frequency, cutoff, p)
     return reference(distance, frequency, cutoff, p)
 
 
 def _backward(
     with_parameters: bool, grad: Tensor, distance: Tensor, frequency: Tensor, cutoff: float, p: int
 ) -> list[Tensor]:
+    compiled = None if with_parameters else bases.library(distance, frequency)
+    if compiled is not None:
+        return [bases.radial_backward(compiled, grad, distance, frequency, cutoff, p)]
     waves = _Waves(distance, frequency, cutoff, p)
     by_sin, by_cos = grad * waves.sin, grad * waves.cos
     a = waves.amplitude()

@@ -69,12 +69,8 @@ class Gate {
 
     Gate(const Inputs& in, Tile<D>& t) : in(in), t(t) {
         if (in.weight)
-            for (int b = 0; b < 2; b++)
-                for (int n = 0; n < D; n++)
-                    for (int k = 0; k < D; k++) t.weight_t[(b * D + k) * D + n] = in.weight[(b * D + n) * D + k];
-        if (in.a)
-            for (int n = 0; n < D2; n++)
-                for (int k = 0; k < D; k++) t.angle_t[k * D2 + n] = in.angle_weight[n * D + k];
+            for (int b = 0; b < 2; b++) transpose(in.weight + b * D * D, D, D, t.weight_t + b * D * D);
+        if (in.a) transpose(in.angle_weight, D2, D, t.angle_t);
     }
 
     template <typename F>

@@ -86,7 +86,7 @@ def _compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "ops.so"
         for tuning in _TUNING:
-            command = [compiler, *_FLAGS, *tuning, "-o", str(made), str(_FOLDER / "message.cpp")]
+            command = [compiler, *_FLAGS, *tuning, "-o", str(made), *map(str, _sources(".cpp"))]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=tuning == ())
             if done.returncode == 0:
                 break
@@ -98,9 +98,12 @@ def _fingerprint(compiler: str) -> str:
     """Hash what the compiled file depends on; one cache may serve several machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True)
     parts = [version.stdout, platform.machine(), torch.backends.cpu.get_cpu_capability(), _processor()]
-    sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")])
-    parts += [source.read_text() for source in sources]
+    parts += [source.read_text() for source in (*_sources(".cpp"), *_sources(".h"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _sources(suffix: str) -> list[Path]:
+    return sorted(_FOLDER.glob(f"*{suffix}"))
 
 
 def _processor() -> str:

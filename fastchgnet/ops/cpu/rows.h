@@ -44,6 +44,15 @@ inline float total<8>(const float* p) {
 // The sum of all lanes, pairwise: a chain of additions would wait for each of them.
 static inline float total(Vec v) { return total<VECTOR_BYTES>(reinterpret_cast<const float*>(&v)); }
 
+// to[k, n] = from[n, k], in squares that stay in registers and caches.
+static inline void transpose(const float* from, int n, int k, float* to) {
+    constexpr int SIDE = 8;
+    for (int i = 0; i < n; i += SIDE)
+        for (int j = 0; j < k; j += SIDE)
+            for (int b = 0; b < SIDE; b++)
+                for (int a = 0; a < SIDE; a++) to[(j + b) * n + i + a] = from[(i + a) * k + j + b];
+}
+
 // 1 / (1 + exp(-x)). exp(t) = 2^n exp(r) with |r| <= ln(2) / 2 and a polynomial of degree 6, to 1e-7.
 static inline Vec sigmoid(Vec x) {
     Vec t = -x;
@@ -63,6 +72,21 @@ static inline Vec sigmoid(Vec x) {
     Vec scale;
     std::memcpy(&scale, &power, sizeof(Vec));
     return 1.0f / (1.0f + p * scale);
+}
+
+// Sine and cosine for |x| below some thousands, to 1e-7: x less a multiple of pi / 2, which is taken off in three
+// parts that are exact products, and polynomials as in the Cephes library.
+static inline void sine_and_cosine(Vec x, Vec& sine, Vec& cosine) {
+    const Vec shifter = all(12582912.0f);
+    const Vec n = (x * 0.636619772367581343f + shifter) - shifter;
+    const Vec r = ((x - n * 1.5703125f) - n * 4.837512969970703125e-4f) - n * 7.549789948768648e-8f, z = r * r;
+    const Vec s = r + r * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
+    const Vec c =
+        1.0f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+    const IntVec quadrant = __builtin_convertvector(n, IntVec), odd = (quadrant & 1) != 0;
+    const Vec first = odd ? c : s, second = odd ? s : c;
+    sine = (quadrant & 2) != 0 ? -first : first;
+    cosine = ((quadrant + 1) & 2) != 0 ? -second : second;
 }
 
 // c[M, N] = start + a[M, K] b[K, N], start a bias [N], what c holds, or nothing.
