@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 SOFT = 2.0
 """Bulk modulus where none can be fitted, GPa: that of water."""
 
+LEAST = 0.01
+"""Bulk modulus below which a fit means nothing, GPa; the softest solids have a hundred times as much."""
+
 INTEGRATORS = {
     ("nvt", "nose-hoover"),
     ("nvt", "berendsen"),
@@ -207,7 +210,7 @@ class MolecularDynamics:
             modulus = eos.get_bulk_modulus("GPa")
         except EOSError:
             modulus = 0.0
-        if modulus > 0:
+        if modulus > LEAST:
             logger.info("fitted bulk modulus: %.3g GPa", modulus)
             return modulus
         warnings.warn(
