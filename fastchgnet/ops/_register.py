@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import compress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,16 +85,16 @@ class Family:
         grads = ", ".join(f"Tensor{optional} grad{n}" for n in range(n_outputs))
         self.names = name, f"{name}_backward", f"{name}_backward_backward"
         n = self.n_derivatives
-        self.forward = _op(name, f"({inputs}) -> {_tensors(n_outputs)}", self._derivative)
-        self.backward = _op(
+        self.forward = define(name, f"({inputs}) -> {_tensors(n_outputs)}", self._derivative)
+        self.backward = define(
             f"{name}_backward",
             f"(bool with_parameters, {grads}, {inputs}) -> {_tensors(n)}",
             self._derivative_of_backward,
         )
-        self.backward_backward = _op(
+        self.backward_backward = define(
             f"{name}_backward_backward",
             f"({cotangents}, {grads}, {inputs}) -> {_tensors(n_outputs + n)}",
-            _no_derivative,
+            no_derivative,
         )
         self._register("CompositeExplicitAutograd", forward, backward, backward_backward)
         self._register_shapes(shape)
@@ -109,7 +110,7 @@ class Family:
     def _register(self, key: str, forward: _Function, backward: _Function, second: _Function) -> None:
         bodies = self._zeroth(forward), self._first(backward), self._second(second)
         for name, body in zip(self.names, bodies, strict=True):
-            _library.impl(name, body, key)
+            implement(name, body, key)
 
     def _zeroth(self, body: _Function) -> _Function:
         """Make a library op of a forward function."""
@@ -156,7 +157,7 @@ class Family:
 
         shapes = self._zeroth(shape), self._first(backward), self._second(second)
         for name, body in zip(self.names, shapes, strict=True):
-            torch.library.register_fake(f"fastchgnet::{name}", body, lib=_library)
+            shape_of(name, body)
 
     def _derivative(
         self, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None]
@@ -181,18 +182,26 @@ class Family:
         return (None, *_wanted(found, inputs[1:], needed[1:]))
 
 
-def _no_derivative(*_: Any) -> Any:
-    raise NotImplementedError("a third derivative was asked of autograd; there are two")
+def no_derivative(*_: Any) -> Any:
+    """Stand for the derivative of an op that has none."""
+    raise NotImplementedError("autograd was asked for one derivative more than there is")
 
 
-def _op(name: str, schema: str, derivative: _Function) -> Any:
-    """Define a library op with a derivative, (inputs, which need one, gradients of outputs) -> gradients."""
+def define(name: str, schema: str, derivative: _Function) -> Any:
+    """Define a library op.
+
+    Args:
+        name: what it is called in torch.ops.fastchgnet.
+        schema: of its inputs and outputs.
+        derivative: (inputs, which need a gradient, gradients of outputs) -> gradients of inputs or None.
+    """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.fastchgnet, name).default
+    known = _Op(op, derivative, ["Tensor" in str(argument.type) for argument in op._schema.arguments])
 
     def apply(*inputs: Any) -> Any:
         if torch.is_grad_enabled():
-            return _Differentiable.apply(op, derivative, *inputs)
+            return _Differentiable.apply(known, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
@@ -200,27 +209,44 @@ def _op(name: str, schema: str, derivative: _Function) -> Any:
     return op
 
 
+def implement(name: str, body: _Function, key: str = "CompositeExplicitAutograd") -> None:
+    """Give an op its body, for all devices or for those of a dispatch key."""
+    _library.impl(name, body, key)
+
+
+def shape_of(name: str, body: _Function) -> None:
+    """Say what an op returns, for tracing: empty tensors."""
+    torch.library.register_fake(f"fastchgnet::{name}", body, lib=_library)
+
+
+class _Op(NamedTuple):
+    """A library op and what autograd needs to know of it."""
+
+    call: Any
+    derivative: _Function
+    is_tensor: Sequence[bool]  # of its inputs, or may be one
+
+
 class _Differentiable(torch.autograd.Function):
     """A library op in autograd's graph. Keeps every input: what is in between is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, derivative: _Function, *inputs: Any) -> Any:
-        is_tensor = [t is None or isinstance(t, Tensor) for t in inputs]
-        ctx.save_for_backward(*(t for t, kept in zip(inputs, is_tensor, strict=True) if kept))
-        ctx.constants = [None if kept else t for t, kept in zip(inputs, is_tensor, strict=True)]
-        ctx.is_tensor, ctx.derivative = is_tensor, derivative
+    def forward(ctx: Any, op: _Op, *inputs: Any) -> Any:
+        ctx.op = op
+        ctx.save_for_backward(*compress(inputs, op.is_tensor))
+        ctx.constants = [None if kept else t for t, kept in zip(inputs, op.is_tensor, strict=True)]
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+            return op.call(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors = iter(ctx.saved_tensors)
+        op, tensors = ctx.op, iter(ctx.saved_tensors)
         inputs = [
             next(tensors) if kept else constant
-            for kept, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+            for kept, constant in zip(op.is_tensor, ctx.constants, strict=True)
         ]
-        return (None, None, *ctx.derivative(inputs, ctx.needs_input_grad[2:], grads))
+        return (None, *op.derivative(inputs, ctx.needs_input_grad[1:], grads))
 
 
 def _tensors(n: int) -> str:
@@ -237,6 +263,8 @@ def _like(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _filled(found: Sequence[Tensor | None], n: int, inputs: Sequence[Any]) -> Any:
     """Library ops return a fixed number of tensors: empty ones stand in for what there is not."""
+    if len(found) == n and all(t is not None for t in found):
+        return found[0] if n == 1 else tuple(found)
     missing = [None] * (n - len(found))
     like = next(t for t in inputs if isinstance(t, Tensor))
     filled = tuple(like.new_empty(0) if t is None else t for t in [*found, *missing])

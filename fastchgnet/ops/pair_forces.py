@@ -18,12 +18,14 @@ Saved: r, g and the graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastchgnet.graph import Batch
+from fastchgnet.ops._register import define, implement, no_derivative, shape_of
 from fastchgnet.ops.gpu import runtime
 
 
@@ -96,33 +98,26 @@ def _backward(
     return by_force, by_arm, by_pull
 
 
-_pair_forces = torch.library.custom_op("fastchgnet::pair_forces", _forward, mutates_args=())
-_pair_forces_backward = torch.library.custom_op(
-    "fastchgnet::pair_forces_backward", _backward, mutates_args=()
+def _derivative(inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Any]) -> tuple[Any, ...]:
+    (grad,) = grads
+    if grad is None:
+        return (None,) * 8
+    _, arm, pull, *ends = inputs[:5]
+    return *_pair_forces_backward(arm, pull, grad.contiguous(), *ends), None, None, None, None, None
+
+
+_ENDS = "Tensor bond_center, Tensor bond_neighbor"
+_INPUTS = (
+    f"(Tensor force, Tensor arm, Tensor pull, {_ENDS}, Tensor edge_bond, Tensor edge_sign, Tensor atom_edge)"
 )
-_pair_forces.register_kernel("cuda")(runtime.body("pair_forces", "forward", _forward))
-_pair_forces_backward.register_kernel("cuda")(runtime.body("pair_forces", "backward", _backward))
-
-
-@_pair_forces.register_fake
-def _(force: Tensor, arm: Tensor, pull: Tensor, *graph: Tensor) -> Tensor:
-    return force.new_empty(len(graph[-1]) - 1, 12, dtype=torch.float64)
-
-
-@_pair_forces_backward.register_fake
-def _(arm: Tensor, pull: Tensor, grad: Tensor, *ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(arm), torch.empty_like(arm), torch.empty_like(arm)
-
-
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, *others = inputs
-    ctx.save_for_backward(*others[:4])
-
-
-def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    arm, pull, *ends = ctx.saved_tensors
-    found = _pair_forces_backward(arm, pull, grad.contiguous(), *ends)
-    return (*found, None, None, None, None, None)
-
-
-_pair_forces.register_autograd(_derivative, setup_context=_save)
+_BACKWARD_INPUTS = f"(Tensor arm, Tensor pull, Tensor grad, {_ENDS})"
+_pair_forces = define("pair_forces", f"{_INPUTS} -> Tensor", _derivative)
+_pair_forces_backward = define(
+    "pair_forces_backward", f"{_BACKWARD_INPUTS} -> (Tensor, Tensor, Tensor)", no_derivative
+)
+implement("pair_forces", _forward)
+implement("pair_forces_backward", _backward)
+implement("pair_forces", runtime.body("pair_forces", "forward", _forward), "CUDA")
+implement("pair_forces_backward", runtime.body("pair_forces", "backward", _backward), "CUDA")
+shape_of("pair_forces", lambda force, *rest: force.new_empty(len(rest[-1]) - 1, 12, dtype=torch.float64))
+shape_of("pair_forces_backward", lambda arm, *_: tuple(torch.empty_like(arm) for _ in range(3)))

@@ -12,12 +12,14 @@ nothing is saved. Both are linear, so the chain of derivatives never ends.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastchgnet.graph import Index
+from fastchgnet.ops._register import define, implement, shape_of
 from fastchgnet.ops.cpu import native
 from fastchgnet.ops.gpu import runtime
 
@@ -59,47 +61,31 @@ def _native_sum(library: Any, rows: Tensor, start: Tensor, order: Tensor | None)
     return out
 
 
-@torch.library.custom_op("fastchgnet::gather", mutates_args=())
-def _gather(table: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
-    return table.index_select(0, segment)
+def _gather_derivative(
+    inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Any]
+) -> tuple[Any, ...]:
+    (grad,) = grads
+    return None if grad is None else _segment_sum(grad.contiguous(), *inputs[1:]), None, None, None
 
 
-@torch.library.custom_op("fastchgnet::segment_sum", mutates_args=())
-def _segment_sum(rows: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
+def _sum_derivative(inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Any]) -> tuple[Any, ...]:
+    (grad,) = grads
+    return None if grad is None else _gather(grad, *inputs[1:]), None, None, None
+
+
+def _body(rows: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
     return sum_rows(rows, start, order)
 
 
-_segment_sum.register_kernel("cuda")(
-    runtime.body(
-        "segments",
-        "segment_sum",
-        lambda rows, segment, start, order: sum_rows(rows, start, order),
-        dtypes=(torch.float32, torch.float64),
-    )
+_SCHEMA = "(Tensor rows, Tensor segment, Tensor start, Tensor? order) -> Tensor"
+_gather = define("gather", _SCHEMA, _gather_derivative)
+_segment_sum = define("segment_sum", _SCHEMA, _sum_derivative)
+implement("gather", lambda table, segment, start, order: table.index_select(0, segment))
+implement("segment_sum", _body)
+implement(
+    "segment_sum",
+    runtime.body("segments", "segment_sum", _body, dtypes=(torch.float32, torch.float64)),
+    "CUDA",
 )
-
-
-@_gather.register_fake
-def _(table: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
-    return table.new_empty(len(segment), table.shape[1])
-
-
-@_segment_sum.register_fake
-def _(rows: Tensor, segment: Tensor, start: Tensor, order: Tensor | None) -> Tensor:
-    return rows.new_empty(len(start) - 1, rows.shape[1])
-
-
-def _keep_index(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _segment_sum(grad.contiguous(), *ctx.saved_tensors), None, None, None
-
-
-def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _gather(grad, *ctx.saved_tensors), None, None, None
-
-
-_gather.register_autograd(_gather_backward, setup_context=_keep_index)
-_segment_sum.register_autograd(_segment_sum_backward, setup_context=_keep_index)
+shape_of("gather", lambda table, segment, start, order: table.new_empty(len(segment), table.shape[1]))
+shape_of("segment_sum", lambda rows, segment, start, order: rows.new_empty(len(start) - 1, rows.shape[1]))
