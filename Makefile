@@ -5,15 +5,16 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format example-set wheel clean distclean
+.PHONY: help train test test-torchsim lint format example-set wheel clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCHSIM := .venv-torchsim
 EXAMPLE := runs/example
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 22
 
 train: $(VENV)/installed-plot ## train and evaluate on the example set; report and plots in runs/example
 	rm -rf $(EXAMPLE)
@@ -25,6 +26,9 @@ train: $(VENV)/installed-plot ## train and evaluate on the example set; report a
 
 test: lint ## lint, types and tests
 	$(BIN)/pytest
+
+test-torchsim: $(TORCHSIM)/installed ## tests of the TorchSim interface; needs Python >= 3.12
+	$(TORCHSIM)/bin/pytest tests/torchsim
 
 lint: $(VENV)/installed-test ## ruff and mypy
 	$(BIN)/ruff check .
@@ -45,7 +49,7 @@ clean: ## remove what the targets made, except .venv and other runs
 	rm -rf $(EXAMPLE) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 distclean: clean ## remove .venv as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TORCHSIM)
 
 # One stamp for each set of extras. torch goes first: whatever comes later must accept the tested one.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
@@ -62,3 +66,16 @@ $(BIN)/python:
 	    echo "Setting up $(VENV) with $$("$$python" -V)"; exec "$$python" -m venv $(VENV); \
 	  fi; \
 	done; echo "error: no Python >= 3.11 with ensurepip found; name one: make PYTHON=/path/to/python3" >&2; exit 1
+
+$(TORCHSIM)/installed: pyproject.toml constraints.txt | $(TORCHSIM)/bin/python
+	@echo "Installing into $(TORCHSIM), minutes and gigabytes the first time"
+	@$(TORCHSIM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	  pytest --editable ".[chgnet,torchsim]"
+	@touch $@
+
+$(TORCHSIM)/bin/python:
+	@for python in $(PYTHON) python3.12 python3.13 python3; do \
+	  if "$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	    echo "Setting up $(TORCHSIM) with $$("$$python" -V)"; exec "$$python" -m venv $(TORCHSIM); \
+	  fi; \
+	done; echo "error: no Python >= 3.12 with ensurepip found; name one: make test-torchsim PYTHON=/path/to/python3" >&2; exit 1
