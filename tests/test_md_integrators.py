@@ -59,7 +59,7 @@ class Run:
 
     def __init__(self, atoms: list[Atoms], settings: Settings, kelvin: Sequence[float] = KELVIN) -> None:
         self.springs, self.settings = Springs(atoms), settings
-        self.bath = make_bath(atoms, kelvin[: len(atoms)], settings)
+        self.bath = make_bath(atoms, kelvin[: len(atoms)], settings, "cpu")
         count = torch.tensor([len(one) for one in atoms])
         place = torch.cat([torch.arange(n) for n in count])
         self.noise = Noise(settings.seed, self.bath.atom_system, place)

@@ -86,15 +86,21 @@ class Settings:
         return self.step is langevin
 
 
-def make_bath(crystals: Sequence[Atoms], temperature: Sequence[float], settings: Settings) -> Bath:
-    """Gather masses and surroundings of crystals at their temperatures, K, on the host.
+def make_bath(
+    crystals: Sequence[Atoms], temperature: Sequence[float], settings: Settings, device: torch.device | str
+) -> Bath:
+    """Gather masses and surroundings of crystals at their temperatures, K.
 
     A crystal has three degrees of freedom fewer than coordinates, since its centre of mass rests; one atom
     has three.
 
     Raises:
-        InputError: a temperature that is not above zero, or a crystal whose pressure cannot be kept.
+        InputError: a temperature that is not above zero, a crystal without atoms or, where the pressure shall
+            be kept, without a periodic cell.
     """
+    n_atoms = [len(atoms) for atoms in crystals]
+    if 0 in n_atoms:
+        raise InputError(f"structure {n_atoms.index(0)}: no atoms")
     for kelvin in temperature:
         if not 0 < kelvin < math.inf:
             raise InputError(f"the temperature must be above zero: {kelvin:g} K")
@@ -102,19 +108,21 @@ def make_bath(crystals: Sequence[Atoms], temperature: Sequence[float], settings:
         for number, atoms in enumerate(crystals):
             if not atoms.pbc.all():
                 raise InputError(f"npt needs three periodic directions: structure {number} has fewer")
-    n_atoms = [len(atoms) for atoms in crystals]
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
     masses = [atoms.get_masses() for atoms in crystals]
-    held = [1 / mass.sum() if len(mass) > 1 else 0.0 for mass in masses]
-    count = torch.tensor(n_atoms, dtype=torch.int64)
     pressure = settings.pressure * GPA if settings.ensemble == "npt" else 0.0
+    count = torch.tensor(n_atoms, dtype=torch.int64)
     return Bath(
-        mass=torch.from_numpy(np.concatenate([np.zeros(0), *masses]))[:, None],
-        hold=torch.tensor(held, dtype=torch.float64)[:, None],
-        n_free=torch.where(count > 1, 3 * count - 3, 3).double(),
-        kT=units.kB * torch.tensor(temperature, dtype=torch.float64),
-        pressure=torch.full((len(crystals),), pressure, dtype=torch.float64),
-        atom_system=torch.arange(len(crystals)).repeat_interleave(count),
-        system_start=torch.tensor([0, *n_atoms]).cumsum(0),
+        mass=torch.from_numpy(np.concatenate([np.zeros(0), *masses]))[:, None].to(device),
+        hold=column([1 / mass.sum() if len(mass) > 1 else 0.0 for mass in masses])[:, None],
+        n_free=column([3 * n - 3 if n > 1 else 3 for n in n_atoms]),
+        kT=column([units.kB * kelvin for kelvin in temperature]),
+        pressure=column([pressure] * len(crystals)),
+        atom_system=torch.arange(len(crystals)).repeat_interleave(count).to(device),
+        system_start=torch.tensor([0, *n_atoms]).cumsum(0).to(device),
         atoms_each=n_atoms[0] if len(set(n_atoms)) == 1 else None,
         timestep=settings.timestep * units.fs,
         thermostat_time=settings.thermostat_time * units.fs,
