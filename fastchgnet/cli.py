@@ -99,6 +99,110 @@ def predict(
         raise typer.Exit(1 if crystals and done else 2)
 
 
+@app.command(epilog="Example: fastchgnet md LiMnO2.cif --ensemble nvt --temperature 600 --out runs/md")
+def md(
+    files: Annotated[list[Path], typer.Argument(help="Crystals, as for predict; all run at the same time.")],
+    out: Annotated[Path, typer.Option(help="Folder of trajectories, logs and the state to go on from.")],
+    ensemble: Annotated[Literal["nve", "nvt", "npt"], typer.Option(help="What is kept.")] = "nvt",
+    thermostat: Annotated[
+        Literal["nose-hoover", "langevin"], typer.Option(help="Of NVT; NPT has Nose-Hoover's.")
+    ] = "nose-hoover",
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="K; repeatable: every crystal at each. [default: 300]")
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="Of every crystal at each temperature.")] = 1,
+    pressure: Annotated[float, typer.Option(help="GPa, of NPT.")] = 0.0,
+    timestep: Annotated[float, typer.Option(help="fs")] = 1.0,
+    steps: Annotated[int, typer.Option(help="In all, with those before --resume.")] = 10_000,
+    interval: Annotated[int, typer.Option(help="Steps from frame to frame.")] = 10,
+    thermostat_time: Annotated[float, typer.Option(help="fs; of Langevin's 1 / friction.")] = 100.0,
+    barostat_time: Annotated[float, typer.Option(help="fs")] = 1000.0,
+    velocities: Annotated[
+        Literal["random", "given"], typer.Option(help="At the start: drawn, or those of the files.")
+    ] = "random",
+    seed: Annotated[int, typer.Option(help="Of velocities and noise.")] = 0,
+    charges: Annotated[bool, typer.Option("--charges", help="Oxidation states from magmoms.")] = False,
+    charge_table: Annotated[
+        Path | None, typer.Option(help="YAML of oxidation states, for --charges.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if any.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write an HTML page with curves and movies.")
+    ] = None,
+    model: Model = "chgnet-0.3.0",
+    as_json: Json = False,
+    device: Device = "auto",
+    dtype: Precision = "float32",
+) -> None:
+    """Run molecular dynamics; Ctrl-C stops between two steps, and --resume continues there."""
+    from fastchgnet.sim.ensemble import Settings
+    from fastchgnet.sim.md_report import show
+    from fastchgnet.sim.md_run import Plan, charge_table_of, run_files
+
+    settings = Settings(
+        ensemble=ensemble,
+        thermostat=thermostat,
+        timestep=timestep,
+        thermostat_time=thermostat_time,
+        barostat_time=barostat_time,
+        pressure=pressure,
+        velocities=velocities,
+        seed=seed,
+    )
+    plan = Plan(
+        files=files,
+        out=out,
+        settings=settings,
+        temperatures=temperature or [300.0],
+        replicas=replicas,
+        steps=steps,
+        interval=interval,
+        charges=charge_table_of(charges, charge_table),
+        report=report,
+        resume=resume,
+    )
+    outcome = run_files(plan, model, device, dtype)
+    show(outcome.rows, as_json)
+    for error in outcome.errors:
+        print(f"error: {error}", file=sys.stderr)
+    if outcome.status:
+        raise typer.Exit(outcome.status)
+
+
+@app.command(epilog="Example: fastchgnet relax *.cif --out relaxed.extxyz --fmax 0.02 --report relaxed.html")
+def relax(
+    files: Annotated[list[Path], typer.Argument(help="CIF, POSCAR, xyz, pymatgen JSON, ...; all frames.")],
+    out: Annotated[Path, typer.Option(help="File of the relaxed crystals; a .jsonl goes beside it.")] = Path(
+        "relaxed.extxyz"
+    ),
+    fmax: Annotated[float, typer.Option(help="Longest force of a converged crystal, eV/A.")] = 0.05,
+    steps: Annotated[int, typer.Option(help="Steps, at most.")] = 500,
+    cell: Annotated[
+        str, typer.Option(help="full, fixed, hydrostatic, constant-volume, or free strains, as xx,yy,xy.")
+    ] = "full",
+    pressure: Annotated[float, typer.Option(help="External pressure, GPa.")] = 0.0,
+    model: Model = "chgnet-0.3.0",
+    device: Device = "auto",
+    dtype: Precision = "float32",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Crystals at a time, at most; default: what fits in memory.")
+    ] = None,
+    trajectory: Annotated[Path | None, typer.Option(help="Folder for every step of each crystal.")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page with curves and crystals in 3-D.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Relax atoms and cells of the crystals in files; the same command goes on where one was stopped."""
+    from fastchgnet.sim.relax_files import Task
+    from fastchgnet.sim.relax_terminal import relax_in_terminal
+    from fastchgnet.sim.relaxed import Settings
+    from fastchgnet.units import GPA
+
+    task = Task(out, Settings(fmax, steps, cell, pressure * GPA), batch_size, trajectory)
+    status = relax_in_terminal(files, (model, device, dtype), task, as_json, report)
+    if status:
+        raise typer.Exit(status)
+
+
 @app.command(epilog="Example: fastchgnet evaluate runs/first/best.safetensors STORE --out report")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Name of a published model, or a .safetensors file.")],

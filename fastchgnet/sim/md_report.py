@@ -1,0 +1,104 @@
+"""What a simulation has shown: a table for the terminal, and a page with curves and moving crystals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ase.io
+from rich.console import Console
+
+from fastchgnet.report import Table
+from fastchgnet.sim.ensemble import Settings
+from fastchgnet.sim.md_files import RunFolder, read_log
+from fastchgnet.sim.page import MAX_FRAMES, Panel, write_page
+
+MISSING = "—"
+
+
+class _Curve(NamedTuple):
+    """A panel of the page."""
+
+    name: str
+    unit: str
+    column: str
+    per_atom: bool
+    scale: float = 1.0
+    from_start: bool = False
+
+
+_CURVES = (
+    _Curve("Temperature", "K", "temperature_k", False),
+    _Curve("Potential energy", "eV/atom", "potential_ev", True),
+    _Curve("Conserved energy, change", "meV/atom", "conserved_ev", True, 1000.0, True),
+    _Curve("Pressure", "GPa", "pressure_gpa", False),
+)
+_VOLUME = _Curve("Volume", "Å³/atom", "volume_a3", True)
+
+
+def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Tabulate what became of each crystal."""
+    header = ("crystal", "formula", "ps", "T (K)", "P (GPa)", "drift (meV/atom/ps)", "ended")
+    lines = [
+        (
+            row["name"],
+            row["formula"],
+            f"{row['time_ps']:.3f}",
+            _figure(row["mean_temperature_k"], ".1f"),
+            _figure(row["mean_pressure_gpa"], ".3f"),
+            _figure(row["drift_mev_per_atom_per_ps"], ".3g"),
+            row["reason"] or "well",
+        )
+        for row in rows
+    ]
+    return Table("Means over the frames", header, lines)
+
+
+def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Print what became of each crystal, as a table or as JSON."""
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif rows:
+        Console().print(summary_table(rows).rich())
+
+
+def write_report(path: Path, folder: RunFolder, settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the page of a run.
+
+    Raises:
+        InputError: the page cannot be written, or what draws it is not installed.
+    """
+    logs = {number: read_log(folder.log(number)) for number, row in enumerate(rows) if row["frames"]}
+    curves = (*_CURVES, _VOLUME) if settings.ensemble == "npt" else _CURVES
+    panels = []
+    for curve in curves:
+        lines = {
+            rows[number]["name"]: (log["time_ps"], _values(curve, log[curve.column], rows[number]["n_atoms"]))
+            for number, log in logs.items()
+        }
+        panels.append(Panel(curve.name, curve.unit, "time (ps)", lines))
+    movies = {
+        rows[number]["name"]: list(
+            ase.io.iread(
+                folder.trajectory(number), f"::{1 + rows[number]['frames'] // MAX_FRAMES}", format="extxyz"
+            )
+        )
+        for number in logs
+    }
+    notes = [
+        f"{settings.ensemble.upper()}, steps of {settings.timestep:g} fs, seed {settings.seed}.",
+        "Drift is the slope of the conserved energy by least squares.",
+    ]
+    write_page(path, "Molecular dynamics", notes, [summary_table(rows)], panels, movies)
+
+
+def _values(curve: _Curve, values: Sequence[float], n_atoms: int) -> list[float]:
+    start = values[0] if curve.from_start else 0.0
+    scale = curve.scale / (n_atoms if curve.per_atom else 1)
+    return [(value - start) * scale for value in values]
+
+
+def _figure(value: float | None, form: str) -> str:
+    return MISSING if value is None else format(value, form)

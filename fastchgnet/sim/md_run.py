@@ -1,0 +1,264 @@
+"""What `fastchgnet md` does: crystals of files at their temperatures, in one simulation and its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastchgnet.errors import InputError
+from fastchgnet.files import only_process
+from fastchgnet.potential import Potential
+from fastchgnet.prediction import Crystal, read_crystals
+from fastchgnet.published import load
+from fastchgnet.sim.charges import DEFAULT_CHARGES, ChargeTable, read_charge_table
+from fastchgnet.sim.ensemble import Settings
+from fastchgnet.sim.md import MolecularDynamics
+from fastchgnet.sim.md_files import RESTART, Member, RunFolder, file_name, fingerprint
+from fastchgnet.sim.md_report import write_report
+from fastchgnet.sim.page import require_libraries
+from fastchgnet.train.signals import stop_request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run, and where to put it.
+
+    Raises:
+        InputError: numbers that make no sense.
+    """
+
+    files: Sequence[Path]
+    out: Path
+    settings: Settings
+    temperatures: Sequence[float] = (300.0,)  # K; each crystal runs at each
+    replicas: int = 1  # of each crystal at each temperature
+    steps: int = 10_000  # in all, those before a restart included
+    interval: int = 10  # of frames and rows of the logs, steps
+    charges: ChargeTable | None = None
+    report: Path | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        for name in ("replicas", "steps", "interval"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1: {getattr(self, name)}")
+        for kelvin in self.temperatures:
+            if not 0 < kelvin < math.inf:
+                raise InputError(f"the temperature must be above zero: {kelvin:g} K")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    rows: list[dict[str, Any]]  # of each crystal, as --json prints it
+    errors: list[str]
+    was_stopped: bool
+
+    @property
+    def status(self) -> int:
+        """Exit status: 130 where somebody stopped it, 2 where nothing ran, 1 where something did not."""
+        if self.was_stopped:
+            return 130
+        if all(row["reason"] for row in self.rows):
+            return 2
+        return 1 if self.errors else 0
+
+
+def charge_table_of(wanted: bool, path: Path | None) -> ChargeTable | None:
+    """Return the table that a user asks for, if any."""
+    if path is not None:
+        return read_charge_table(path)
+    return DEFAULT_CHARGES if wanted else None
+
+
+def run_files(
+    plan: Plan, model: str, device: str = "auto", dtype: Literal["float32", "float64"] = "float32"
+) -> Outcome:
+    """Read crystals, move them, and write all that is asked for.
+
+    Raises:
+        InputError: nothing can be run.
+    """
+    if plan.report is not None:
+        require_libraries()
+    crystals, found = read_crystals(plan.files)
+    errors = [str(error) for error in found]
+    if not crystals:
+        return Outcome([], errors, False)
+    if (plan.out / RESTART).exists() and not plan.resume:
+        raise InputError(f"{plan.out}: holds a run already; --resume goes on with it")
+    starts = [_start(crystal, plan) for crystal in crystals]
+    atoms, members = _expand(crystals, starts, plan)
+    with only_process(plan.out), stop_request() as request:
+        potential = load(model, device, dtype)
+        dynamics = MolecularDynamics(potential, atoms, [one.temperature for one in members], plan.settings)
+        folder = RunFolder(plan.out, members, _options(plan, potential, starts), plan.charges)
+        if (plan.out / RESTART).exists():
+            folder.resume(dynamics)
+        else:
+            folder.begin(dynamics)
+        with _bar(plan.steps) as show:
+            _run(dynamics, folder, plan, show, request.is_set)
+    rows = _rows(dynamics, folder)
+    errors += [
+        f"{row['name']}: stopped after {row['steps']} steps: {row['reason']}" for row in rows if row["reason"]
+    ]
+    if plan.report is not None:
+        write_report(plan.report, folder, plan.settings, rows)
+    return Outcome(rows, errors, bool(dynamics.members) and dynamics.n_steps < plan.steps)
+
+
+def _run(
+    dynamics: MolecularDynamics,
+    folder: RunFolder,
+    plan: Plan,
+    show: Callable[[MolecularDynamics, float], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Take the steps that are left; whatever ends them, files are complete."""
+    began, step = time.perf_counter(), dynamics.n_steps
+
+    def observe(dynamics: MolecularDynamics) -> None:
+        nonlocal began, step
+        ms_per_step = 1000 * (time.perf_counter() - began) / (dynamics.n_steps - step)
+        folder.record(dynamics, ms_per_step)
+        folder.save_if_due(dynamics)
+        show(dynamics, ms_per_step)
+        began, step = time.perf_counter(), dynamics.n_steps
+
+    try:
+        dynamics.run(plan.steps - dynamics.n_steps, plan.interval, observe, stop)
+    finally:
+        folder.record_lost(dynamics)
+        folder.save(dynamics)
+
+
+def _start(crystal: Crystal, plan: Plan) -> Atoms:
+    """Give a crystal as it starts, with its velocities where they are asked for."""
+    atoms = crystal.as_atoms()
+    if plan.charges is not None:
+        try:
+            plan.charges.check(atoms.numbers)
+        except InputError as error:
+            raise InputError(f"{crystal.file}:{crystal.index}: {error}") from None
+    if plan.settings.velocities == "given":
+        try:
+            read = ase.io.read(crystal.file, index=crystal.index)
+        except Exception as error:  # parsers raise exceptions of any kind
+            raise InputError(f"{crystal.file}:{crystal.index}: ASE cannot read its velocities") from error
+        if not (isinstance(read, Atoms) and read.has("momenta")):
+            raise InputError(f"{crystal.file}:{crystal.index}: has no velocities to start with")
+        atoms.set_velocities(read.get_velocities())
+    return atoms
+
+
+def _expand(
+    crystals: Sequence[Crystal], starts: Sequence[Atoms], plan: Plan
+) -> tuple[list[Atoms], list[Member]]:
+    """Make every replica at every temperature of every crystal."""
+    atoms: list[Atoms] = []
+    members: list[Member] = []
+    for crystal, start in zip(crystals, starts, strict=True):
+        for kelvin in plan.temperatures:
+            for replica in range(plan.replicas):
+                atoms.append(start)
+                members.append(
+                    Member(
+                        name=file_name(len(members), crystal.file, kelvin),
+                        file=crystal.file,
+                        index=crystal.index,
+                        formula=start.get_chemical_formula(),
+                        n_atoms=len(start),
+                        temperature=kelvin,
+                        replica=replica,
+                    )
+                )
+    return atoms, members
+
+
+def _options(plan: Plan, potential: Potential, starts: Sequence[Atoms]) -> dict[str, Any]:
+    """All that trajectories depend on; a run may go on only with the same."""
+    digest = hashlib.sha256()
+    for atoms in starts:
+        for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.get_velocities()):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return {
+        **dataclasses.asdict(plan.settings),
+        "temperatures": list(plan.temperatures),
+        "replicas": plan.replicas,
+        "interval": plan.interval,
+        "charges": None if plan.charges is None else plan.charges.model_dump(),
+        "dtype": str(potential.dtype),
+        "model": fingerprint(potential),
+        "crystals": digest.hexdigest()[:16],
+    }
+
+
+def _rows(dynamics: MolecularDynamics, folder: RunFolder) -> list[dict[str, Any]]:
+    """Sum up the run of each crystal."""
+    lost = {one.number: one for one in dynamics.lost}
+    rows = []
+    for number, member in enumerate(folder.members):
+        steps = lost[number].step if number in lost else dynamics.n_steps
+        kelvin, pressure = folder.sums.means(number)
+        n_frames, n_charged = folder.sums.counts(number)
+        row = dataclasses.asdict(member) | {
+            "steps": steps,
+            "time_ps": steps * dynamics.settings.timestep / 1000,
+            "reason": lost[number].reason if number in lost else None,
+            "mean_temperature_k": _known(kelvin),
+            "mean_pressure_gpa": _known(pressure),
+            "drift_mev_per_atom_per_ps": _known(folder.sums.drift(number, member.n_atoms)),
+            "frames": n_frames,
+            "trajectory": str(folder.trajectory(number)),
+            "log": str(folder.log(number)),
+        }
+        rows.append(row | ({} if folder.charges is None else {"frames_with_charges": n_charged}))
+    return rows
+
+
+def _known(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+@contextmanager
+def _bar(n_steps: int) -> Iterator[Callable[[MolecularDynamics, float], None]]:
+    """Show a bar on stderr, where that is a terminal; yield the function that moves it."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("md"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=n_steps)
+
+        def show(dynamics: MolecularDynamics, ms_per_step: float) -> None:
+            if progress.disable or not dynamics.members:
+                return
+            snapshots = dynamics.snapshots()
+            kelvin = sum(one.temperature for one in snapshots) / len(snapshots)
+            n_atoms = sum(len(one.atoms) for one in snapshots)
+            energy = sum(one.energy for one in snapshots) / n_atoms
+            text = f"{ms_per_step:.2f} ms/step  T {kelvin:.0f} K  E {energy:.4f} eV/atom"
+            progress.update(task, completed=dynamics.n_steps, description=text)
+
+        yield show
