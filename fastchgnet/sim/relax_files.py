@@ -1,0 +1,226 @@
+"""Relax the crystals of files, and write down what comes of each as soon as it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from ase import Atoms
+from ase.constraints import FixAtoms
+from numpy.typing import NDArray
+
+from fastchgnet.errors import InputError
+from fastchgnet.files import write_atomically
+from fastchgnet.potential import Potential
+from fastchgnet.prediction import Crystal, read_crystals, systems_from_frames
+from fastchgnet.sim.constraints import fixed_in_files
+from fastchgnet.sim.relax import Relaxation
+from fastchgnet.sim.relax_record import Key, Record, Row, number, to_extxyz
+from fastchgnet.sim.relaxed import Relaxed, Settings
+from fastchgnet.sim.room import Room
+from fastchgnet.units import GPA
+
+
+class Watcher(Protocol):
+    """What hears of the progress of a command."""
+
+    def begin(self, n_crystals: int, n_done: int) -> None:
+        """Hear how many crystals there are, and how many were done before."""
+
+    def show(self, n_done: int, n_crystal_steps: int) -> None:
+        """Hear how many crystals are done, and how many steps all have taken in this process."""
+
+    def stops(self) -> bool:
+        """Tell whether to stop before the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The crystals of files, and why others cannot be relaxed."""
+
+    crystals: list[Crystal]
+    held: list[NDArray[np.bool_]]  # which atoms of each stay where they are in its cell, [n]
+    errors: list[InputError]
+
+    @property
+    def keys(self) -> list[Key]:
+        """File and number of each frame."""
+        return [(crystal.file, crystal.index) for crystal in self.crystals]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What to do with crystals, and where to write it."""
+
+    out: Path
+    settings: Settings
+    batch_size: int | None = None
+    trajectory: Path | None = None  # folder for all steps of each crystal
+
+    def check(self, files: Sequence[Path]) -> None:
+        """Raise InputError where results cannot be written under this name."""
+        if self.out.suffix != ".extxyz":
+            raise InputError(f"{self.out}: relaxed crystals are written as .extxyz")
+        if self.out.resolve() in [path.resolve() for path in files]:
+            raise InputError(f"{self.out}: is one of the files to relax; name another --out")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command has done."""
+
+    inputs: Inputs
+    record: Record
+    finished: bool  # whether every crystal is done
+
+    @property
+    def rows(self) -> list[Row]:
+        """The finished relaxations of these inputs, in their order."""
+        return [self.record.rows[key] for key in self.inputs.keys if key in self.record.rows]
+
+
+def read_inputs(files: Sequence[Path]) -> Inputs:
+    """Read the crystals of files and which of their atoms are held."""
+    files = list(dict.fromkeys(files))
+    crystals, errors = read_crystals(files)
+    constraints = dict(fixed_in_files(files))
+    inputs = Inputs([], [], errors)
+    for crystal in crystals:
+        held = constraints.get((crystal.file, crystal.index), np.zeros(len(crystal.frame.numbers), bool))
+        if isinstance(held, InputError):
+            errors.append(held)
+        else:
+            inputs.crystals.append(crystal)
+            inputs.held.append(held)
+    return inputs
+
+
+def relax_files(potential: Potential, inputs: Inputs, task: Task, watcher: Watcher) -> Outcome:
+    """Relax the crystals of files that the record of an earlier command does not hold already.
+
+    Raises:
+        InputError: as `Record`, or a result cannot be written.
+    """
+    starts = {key: _fingerprint(inputs, place) for place, key in enumerate(inputs.keys)}
+    with Record(task.out, _dependencies(potential, task.settings), starts) as record:
+        todo = [place for place, key in enumerate(inputs.keys) if key not in record.rows]
+        _say_which_cells_stay(inputs, todo, task.settings)
+        relaxation = Relaxation(
+            potential,
+            systems_from_frames(inputs.crystals[place].frame for place in todo),
+            [inputs.held[place] for place in todo],
+            task.settings,
+            Room.of(potential, task.batch_size),
+            keep_paths=task.trajectory is not None,
+        )
+        n_done = len(inputs.crystals) - len(todo)
+        watcher.begin(len(inputs.crystals), n_done)
+        while not relaxation.finished and not watcher.stops():
+            for relaxed in relaxation.step():
+                place = todo[relaxed.index]
+                key = inputs.keys[place]
+                if task.trajectory is not None:
+                    _write_path(task.trajectory, key, relaxed)
+                row = _row(inputs.crystals[place], relaxed) | {"start": starts[key]}
+                record.add(key, row, _described(relaxed, inputs.held[place]))
+                n_done += 1
+            watcher.show(n_done, relaxation.n_crystal_steps)
+        record.finish(inputs.keys)
+    return Outcome(inputs, record, relaxation.finished)
+
+
+def trajectory_path(folder: Path, key: Key) -> Path:
+    """Return where the steps of a crystal are written."""
+    return folder / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', key[0]).lstrip('_.')}-{key[1]}.extxyz"
+
+
+def _dependencies(potential: Potential, settings: Settings) -> dict[str, Any]:
+    """Say what a relaxation depends on, but for the crystal."""
+    digest = hashlib.sha256(potential.config.model_dump_json().encode())
+    for name, value in sorted(potential.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().double().numpy().tobytes())
+    return {
+        "model": potential.provenance.name,
+        "weights": digest.hexdigest()[:16],
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "fmax": settings.fmax,
+        "steps": settings.max_steps,
+        "cell": settings.cell,
+        "pressure": settings.pressure / GPA,
+    }
+
+
+def _fingerprint(inputs: Inputs, place: int) -> str:
+    """Tell crystals at the start apart."""
+    frame = inputs.crystals[place].frame
+    digest = hashlib.sha256()
+    for values in (frame.numbers, frame.positions, frame.cell, frame.pbc, inputs.held[place]):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _say_which_cells_stay(inputs: Inputs, todo: Sequence[int], settings: Settings) -> None:
+    if settings.cell == "fixed":
+        return
+    staying = [inputs.crystals[place] for place in todo if not inputs.crystals[place].frame.pbc.all()]
+    if staying:
+        first = f"{staying[0].file}:{staying[0].index}"
+        others = f" and {len(staying) - 1} more" if len(staying) > 1 else ""
+        warnings.warn(
+            f"{first}{others}: not periodic in three directions, so that the cell stays as it is",
+            stacklevel=3,
+        )
+
+
+def _row(crystal: Crystal, relaxed: Relaxed) -> Row:
+    """Say what came of a relaxation; docs/relaxation.md explains the keys."""
+    final = relaxed.final
+    return {
+        "file": crystal.file,
+        "index": crystal.index,
+        "formula": crystal.as_atoms().get_chemical_formula(),
+        "converged": relaxed.converged,
+        "failed": relaxed.failed,
+        "reason": relaxed.reason,
+        "steps": relaxed.n_steps,
+        "fmax": number(relaxed.fmax),
+        "energy": number(relaxed.energy),
+        "energy_per_atom": number(relaxed.energy / len(final.numbers)),
+        "volume": number(final.volume),
+        "volume_change": number(relaxed.volume_change),
+        "pressure": number(-float(np.trace(final.stress)) / 3 / GPA),
+        "functional": relaxed.functional,
+        "energy_correction": relaxed.energy_correction,
+        "energies": relaxed.energies.tolist(),
+        "fmaxs": relaxed.fmaxs.tolist(),
+    }
+
+
+def _described(relaxed: Relaxed, held: NDArray[np.bool_]) -> Atoms:
+    """Give the final crystal as ASE takes it, and what it is."""
+    atoms = relaxed.as_atoms()
+    if held.any():
+        atoms.set_constraint(FixAtoms(mask=held))
+    atoms.info = {
+        "converged": relaxed.converged,
+        "reason": relaxed.reason,
+        "steps": relaxed.n_steps,
+        "functional": relaxed.functional,
+        "energy_correction": relaxed.energy_correction,
+    }
+    return atoms
+
+
+def _write_path(folder: Path, key: Key, relaxed: Relaxed) -> None:
+    """Write every step of a crystal."""
+    frames = [step.as_atoms() for step in relaxed.path]
+    for number_of_step, (atoms, fmax) in enumerate(zip(frames, relaxed.fmaxs.tolist(), strict=True)):
+        atoms.info = {"file": key[0], "index": key[1], "step": number_of_step, "fmax": fmax}
+    write_atomically(trajectory_path(folder, key), to_extxyz(frames))
