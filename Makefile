@@ -5,12 +5,13 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help train test test-torchsim lint format example-set wheel clean distclean
+.PHONY: help train test test-torchsim test-workflows lint format example-set wheel clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCHSIM := .venv-torchsim
+WORKFLOWS := .venv-workflows
 EXAMPLE := runs/example
 
 help: ## list the targets
@@ -29,6 +30,9 @@ test: lint ## lint, types and tests
 
 test-torchsim: $(TORCHSIM)/installed ## tests of the TorchSim interface; needs Python >= 3.12
 	$(TORCHSIM)/bin/pytest tests/torchsim
+
+test-workflows: $(WORKFLOWS)/installed ## the calculator inside matcalc and atomate2
+	$(WORKFLOWS)/bin/pytest -rs tests/test_workflows.py
 
 lint: $(VENV)/installed-test ## ruff and mypy
 	$(BIN)/ruff check .
@@ -49,7 +53,7 @@ clean: ## remove what the targets made, except .venv and other runs
 	rm -rf $(EXAMPLE) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 distclean: clean ## remove .venv as well
-	rm -rf $(VENV) $(TORCHSIM)
+	rm -rf $(VENV) $(TORCHSIM) $(WORKFLOWS)
 
 # One stamp for each set of extras. torch goes first: whatever comes later must accept the tested one.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
@@ -79,3 +83,14 @@ $(TORCHSIM)/bin/python:
 	    echo "Setting up $(TORCHSIM) with $$("$$python" -V)"; exec "$$python" -m venv $(TORCHSIM); \
 	  fi; \
 	done; echo "error: no Python >= 3.12 with ensurepip found; name one: make test-torchsim PYTHON=/path/to/python3" >&2; exit 1
+
+# atomate2 brings boto3, which refuses the tested python-dateutil
+$(WORKFLOWS)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(WORKFLOWS), minutes the first time"
+	@$(BIN)/python -m venv $(WORKFLOWS)
+	@grep -v '^python-dateutil' constraints.txt > $(WORKFLOWS)/constraints.txt
+	@for packages in torch "pytest matcalc==0.7.* atomate2<0.2 --editable .[pymatgen]"; do \
+	  $(WORKFLOWS)/bin/python -m pip --disable-pip-version-check install --quiet \
+	    --constraint $(WORKFLOWS)/constraints.txt $$packages; \
+	done
+	@touch $@
