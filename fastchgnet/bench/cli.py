@@ -78,7 +78,7 @@ def _handler(name: str) -> Callable[..., None]:
         options = Options(
             frames, tuple(batch or ()), readouts, device, threads, rounds, seed, label, chgnet, memory
         )
-        show(run(name, options, out, lambda line: print(line, file=sys.stderr)), as_json, tables)
+        show(run(name, options, out, _say), as_json, tables)
 
     return handler
 
@@ -119,11 +119,56 @@ def balance(
     options = Options(
         frames, tuple(batch or ()), (readout.value,), device, threads, rounds, seed, label, False, False
     )
-    session = Session(options, lambda line: print(line, file=sys.stderr))
+    session = Session(options, _say)
     rows = bench.run(session, ranks or bench.RANKS, measure)
     if out is not None:
         append(out, rows)
     show(rows, as_json, bench.tables)
+
+
+@app.command(epilog="Example: fastchgnet bench md --frames LiMnO2.cif --repeat 4x4x2 --threads 2")
+def md(
+    frames: Annotated[list[Path], typer.Option(help="File of a crystal; its first frame. Repeatable.")],
+    repeat: Annotated[str, typer.Option(help="Cells of a supercell along each axis.")] = "1x1x1",
+    device: Device = "cpu",
+    threads: Threads = None,
+    rounds: Rounds = 5,
+    seed: Seed = 0,
+    label: Label = "",
+    chgnet: Chgnet = True,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time steps of molecular dynamics, and print them as the paper's Table II."""
+    from fastchgnet.bench.simulate import run_md
+    from fastchgnet.bench.table_ii import tables
+
+    common = {"device": device, "threads": threads, "rounds": rounds, "seed": seed, "label": label}
+    show(run_md(frames, repeat, {**common, "chgnet": chgnet}, out, _say), as_json, tables)
+
+
+@app.command(epilog="Example: fastchgnet bench relax --frames crystals.xyz --batch 100 --rounds 1")
+def relax(
+    frames: Frames,
+    batch: Annotated[int, typer.Option(min=1, help="Frames to relax.")] = 10,
+    fmax: Annotated[float, typer.Option(help="Largest force at the end, eV/A.")] = 0.1,
+    steps: Annotated[int, typer.Option(min=1, help="At most so many for each.")] = 500,
+    device: Device = "cpu",
+    threads: Threads = None,
+    rounds: Rounds = 1,
+    seed: Seed = 0,
+    label: Label = "",
+    chgnet: Chgnet = True,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time the relaxation of many crystals."""
+    from fastchgnet.bench.rows import tables
+    from fastchgnet.bench.simulate import run_relax
+
+    common = {"device": device, "threads": threads, "rounds": rounds, "seed": seed, "label": label}
+    asked = {"frames": frames, "chgnet": chgnet, **common}
+    show(run_relax(asked, batch, fmax, steps, out, _say), as_json, tables)
 
 
 @app.command(epilog="Example: fastchgnet bench plot benchmarks/results/performance-cpu.json --out steps.png")
@@ -143,6 +188,10 @@ def table(rows: Annotated[Path, typer.Argument(help="JSON list of rows from one 
     from fastchgnet.bench.rows import markdown, read
 
     print(markdown(read(rows)), end="")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def show(rows: list[Row], as_json: bool, as_tables: Callable[[Sequence[Row]], list[Table]]) -> None:

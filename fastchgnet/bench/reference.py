@@ -113,3 +113,43 @@ class Inference:
             done = self.model.predict_structure(structures, task="efsm", batch_size=batch_size)
         # Of a single structure it returns no list.
         return [(float(one["e"]), one["f"]) for one in ([done] if isinstance(done, dict) else done)]
+
+
+def quiet(work: Work) -> Work:
+    """Make work that keeps what it prints and warns of to itself."""
+
+    def quietly() -> None:
+        with _quiet():
+            work()
+
+    return quietly
+
+
+def calculator(device: torch.device) -> Any:
+    """Return chgnet's ASE calculator."""
+    with _quiet():
+        return _module("chgnet.model.dynamics").CHGNetCalculator(
+            use_device=device.type, on_isolated_atoms="ignore"
+        )
+
+
+class Relaxation:
+    """chgnet's StructOptimizer with its defaults: FIRE, ASE's FrechetCellFilter."""
+
+    def __init__(self, device: torch.device, fmax: float) -> None:
+        self.fmax = fmax
+        with _quiet():
+            self.optimizer = _module("chgnet.model.dynamics").StructOptimizer(
+                use_device=device.type, on_isolated_atoms="ignore"
+            )
+
+    def relax(self, structures: Sequence[Any], max_steps: int) -> list[tuple[float, int]]:
+        """Return the energy per atom, eV, and the number of steps of each."""
+        done = []
+        for structure in structures:
+            with _quiet():
+                found = self.optimizer.relax(structure, fmax=self.fmax, steps=max_steps, verbose=False)
+            trajectory = found["trajectory"]
+            # it notes the start and, a second time, the end
+            done.append((float(trajectory.energies[-1]) / len(structure), len(trajectory) - 2))
+        return done

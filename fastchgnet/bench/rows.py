@@ -103,14 +103,14 @@ def _cells(row: Row) -> tuple[str, ...]:
     ours, chgnet = (row.get(arm) or {} for arm in ("ours", "chgnet"))
     return (
         " ".join(filter(None, (row["command"], row.get("readout"), row["label"]))),
-        _text(row["batch"]["systems"], "{:,}"),
-        *(_text(_median(arm), "{:,.2f}", 1e3) for arm in (ours, chgnet)),
-        *(_text(row.get(name), "{:.2f}") for name in ("ratio", "ratio_cpu")),
-        _text(ours.get("systems_per_second"), "{:,.1f}"),
-        _text(ours.get("roofline_fraction"), "{:.1%}"),
-        *(_text(_executed(arm), "{:,}") for arm in (ours, chgnet)),
-        *(_text(arm.get("peak_memory_mb"), "{:,.0f}") for arm in (ours, chgnet)),
-        _text(row.get("other_work_cores"), "{:.2f}"),
+        text(row["batch"]["systems"], "{:,}"),
+        *(text(_median(arm), "{:,.2f}", 1e3) for arm in (ours, chgnet)),
+        *(text(row.get(name), "{:.2f}") for name in ("ratio", "ratio_cpu")),
+        text(ours.get("systems_per_second"), "{:,.1f}"),
+        text(ours.get("roofline_fraction"), "{:.1%}"),
+        *(text(_executed(arm), "{:,}") for arm in (ours, chgnet)),
+        *(text(arm.get("peak_memory_mb"), "{:,.0f}") for arm in (ours, chgnet)),
+        text(row.get("other_work_cores"), "{:.2f}"),
         row["environment"]["commit"] or "—",
     )
 
@@ -124,7 +124,8 @@ def _executed(arm: Mapping[str, Any]) -> int | None:
     return counts.get("kernels") or counts.get("ops")
 
 
-def _text(value: float | None, pattern: str, factor: float = 1) -> str:
+def text(value: float | None, pattern: str, factor: float = 1) -> str:
+    """Write a number times a factor, and a dash for what is missing."""
     return "—" if value is None else pattern.format(value * factor if factor != 1 else value)
 
 

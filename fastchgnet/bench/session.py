@@ -88,11 +88,11 @@ class Session:
             "batch": workload.composition._asdict(),
         }
 
-    def time(self, row: Row, arms: Mapping[str, timing.Work]) -> dict[str, timing.Samples]:
-        """Time arms against each other and describe them in the row, by name."""
+    def time(self, row: Row, arms: Mapping[str, timing.Work], warm: bool = True) -> dict[str, timing.Samples]:
+        """Time arms against each other, as `timing.measure`, and describe them in the row, by name."""
         with timing.OtherWork() as others:
             ceiling = roofline.measure_ceiling(self.device)
-            samples = timing.measure(arms, self.options.rounds, self.device)
+            samples = timing.measure(arms, self.options.rounds, self.device, warm)
         row["other_work_cores"] = others.cores
         if others.cores is not None and others.cores > NOISE:
             self.say(f"warning: other processes used {others.cores:.2f} cores; do not trust these times")

@@ -34,9 +34,14 @@ class Samples(NamedTuple):
         }
 
 
-def measure(arms: Mapping[str, Work], n_rounds: int, device: torch.device) -> dict[str, Samples]:
-    """Warm every arm up, then run them in turn for a number of rounds, every other round backwards."""
-    calls = {name: warm_up(work, device) for name, work in arms.items()}
+def measure(
+    arms: Mapping[str, Work], n_rounds: int, device: torch.device, warm: bool = True
+) -> dict[str, Samples]:
+    """Warm every arm up, then run them in turn for a number of rounds, every other round backwards.
+
+    Arms that are long are best not warmed up here, and are called once in every round.
+    """
+    calls = {name: warm_up(work, device) if warm else 1 for name, work in arms.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for round_number in range(n_rounds):
         names = list(arms) if round_number % 2 == 0 else list(arms)[::-1]
