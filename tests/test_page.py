@@ -91,6 +91,13 @@ def test_molecules_have_no_cell(tmp_path):
     assert set(held["properties"]) == {"frame"}
 
 
+def test_results_of_another_frame_are_not_shown(tmp_path):
+    frames = movie(bulk("Fe"), 2)
+    frames[0].calc = frames[1].calc
+    (held,) = data(written(tmp_path, movies={"iron": frames}), "movie-data")
+    assert set(held["properties"]) == {"frame"}
+
+
 def test_text_stays_text(tmp_path):
     line = ([0, 1], [0, 1])
     text = written(

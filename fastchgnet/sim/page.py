@@ -231,7 +231,7 @@ def _kept_frames(movies: Mapping[str, Sequence[Atoms]]) -> dict[str, NDArray[np.
 def _movie(name: str, frames: Sequence[Atoms], kept: NDArray[np.int64]) -> dict[str, Any]:
     """Describe frames as chemiscope takes them; atoms' names are left out where they do not change."""
     atoms = [frames[index] for index in kept]
-    results = [getattr(frame.calc, "results", {}) for frame in atoms]
+    results = [_results(frame) for frame in atoms]
     elements = sorted({int(number) for frame in atoms for number in set(frame.numbers)})
     properties: dict[str, Any] = {"frame": {"target": "structure", "values": [int(index) for index in kept]}}
     if all(np.isfinite(result.get("energy", math.nan)) for result in results):
@@ -252,6 +252,11 @@ def _movie(name: str, frames: Sequence[Atoms], kept: NDArray[np.int64]) -> dict[
         "structures": list(_structures(atoms)),
         "properties": properties,
     }
+
+
+def _results(frame: Atoms) -> Mapping[str, Any]:
+    """Return what a frame's calculator holds of this very frame."""
+    return {} if frame.calc is None or frame.calc.check_state(frame) else frame.calc.results
 
 
 def _structures(frames: Sequence[Atoms]) -> Iterator[dict[str, Any]]:
