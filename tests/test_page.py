@@ -241,7 +241,7 @@ def test_runs_in_a_browser(tmp_path):
         [browser, *flags, "--virtual-time-budget=20000", "--dump-dom", probed.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     found = re.search(r'<body data-report="([^"]*)"', done.stdout)

@@ -106,7 +106,8 @@ window.addEventListener('load', () => {
       const places = {meta: 'movie-meta', structure: 'movie-structure', info: 'movie-info'};
       shown = window.movie = await Chemiscope.StructureVisualizer.load(places, dataset(movie));
     } catch (error) {
-      get('movie-structure').textContent = `This browser cannot draw the structure: ${error.message}`;
+      const reason = error.message ?? error;
+      get('movie-structure').textContent = `No picture: this browser's WebGL does not work (${reason}).`;
     }
   }
 
