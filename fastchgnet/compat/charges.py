@@ -7,8 +7,11 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ase.data import chemical_symbols
+
 from fastchgnet.compat.structures import require_pymatgen
 from fastchgnet.errors import InputError
+from fastchgnet.sim.charges import ChargeTable
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -41,21 +44,18 @@ def solve_charge_by_mag(
     magmoms = properties.get("final_magmom", properties.get("magmom"))
     bare = structure.copy()
     bare.remove_oxidation_states()
-    elements = [site.species_string for site in bare]
-    if magmoms is None and not ranges.keys().isdisjoint(elements):
-        raise InputError("structure has neither of the site properties final_magmom and magmom")
-    states: list[float] = []
-    for index, element in enumerate(elements):
-        of_element = ranges.get(element)
-        if of_element is None:
-            found = [fixed[element]] if element in fixed else []
-        else:
-            assert magmoms is not None
-            found = [state for (low, high), state in of_element.items() if low <= magmoms[index] < high]
-        if not found:
-            warnings.warn(f"Failed to solve oxidation state: of {element}, site {index}", stacklevel=2)
-            return None
-        states.append(found[0])
-    logger.info("solved oxidation states, total charge %g", sum(states))
-    bare.add_oxidation_state_by_site(states)
+    numbers = [site.specie.Z for site in bare]
+    if magmoms is None:
+        if not ranges.keys().isdisjoint(chemical_symbols[number] for number in numbers):
+            raise InputError("structure has neither of the site properties final_magmom and magmom")
+        magmoms = [0.0] * len(numbers)
+    rows = {
+        element: [(*limits, state) for limits, state in states.items()] for element, states in ranges.items()
+    }
+    charges = ChargeTable.model_validate({"fixed": fixed, "ranges": rows}).assign(numbers, magmoms)
+    if charges is None:
+        warnings.warn("Failed to solve oxidation state", stacklevel=2)
+        return None
+    logger.info("solved oxidation states, total charge %g", charges.sum())
+    bare.add_oxidation_state_by_site(charges.tolist())
     return bare
