@@ -221,7 +221,7 @@ def test_a_crystal_that_breaks(cli: Cli) -> None:
 
 
 def test_a_time_step_that_explodes(cli: Cli) -> None:
-    ran = cli("two.xyz", "--timestep", 200, "--steps", 50, "--temperature", 3000, "--out", "run")
+    ran = cli("two.xyz", "--timestep", 5000, "--steps", 50, "--temperature", 3000, "--out", "run")
     assert ran.status == 2
     assert len(ran.lines) == 2 and all("stopped after" in line for line in ran.lines)
 

@@ -112,20 +112,27 @@ def martyna_tobias_klein(state: State, bath: Bath, forces: Forces, noise: Tensor
     the atoms and one for the barostat; W = (n + 3) kT barostat_time^2.
     """
     dt = bath.timestep
-    state = _barostatted(state, bath)
-    state, velocity, twice_kinetic = _thermostatted(state, state.velocity, bath)
-    rate = _pushed(state, twice_kinetic, bath)
-    velocity = _kicked_and_strained(velocity, rate, state, bath)
-    growth = rate[:, None] * dt
-    stretch = _per_atom(growth, bath)
-    drift = velocity * (dt * _relative_growth(stretch))
-    cell = state.cell * growth.exp()[:, :, None]
-    new = _arrived(state, forces, torch.addcmul(drift, state.position, stretch.exp()), cell)
-    velocity = _kicked_and_strained(velocity, rate, new, bath)
-    new = new._replace(strain_rate=rate)
-    new = new._replace(strain_rate=_pushed(new, 2 * kinetic_energy(velocity, bath), bath))
-    new, velocity, _ = _thermostatted(new, velocity, bath)
-    return _barostatted(new._replace(velocity=velocity), bath)
+    alpha = 1 + 3 / bath.n_free
+    weight = (bath.n_free + 3) * bath.kT * bath.barostat_time**2
+    state, velocity, twice_kinetic = _both_thermostatted(state, state.velocity, weight, bath)
+    volume_now = volume(state)
+    pull = alpha * twice_kinetic - volume_now * (_trace(state.stress) + 3 * bath.pressure)
+    rate = torch.addcdiv(state.strain_rate, pull, weight, value=0.5 * dt)
+
+    growth, shrink = rate * dt, rate * alpha * (-0.5 * dt)
+    stretch, keep = _per_atom(growth.exp()[:, None], bath), _per_atom(shrink.exp()[:, None], bath)
+    push = _per_atom((0.5 * dt * _relative_growth(shrink))[:, None], bath) / bath.mass
+    velocity = torch.addcmul(state.forces * push, velocity, keep)
+    drift = velocity * _per_atom((dt * _relative_growth(growth))[:, None], bath)
+    cell = state.cell * growth.exp()[:, None, None]
+    new = _arrived(state, forces, torch.addcmul(drift, state.position, stretch), cell)
+    velocity = torch.addcmul(new.forces * push, velocity, keep)
+
+    volume_now = volume_now * (3 * growth).exp()
+    pull = alpha * 2 * kinetic_energy(velocity, bath) - volume_now * (_trace(new.stress) + 3 * bath.pressure)
+    new = new._replace(strain_rate=torch.addcdiv(rate, pull, weight, value=0.5 * dt))
+    new, velocity, _ = _both_thermostatted(new, velocity, weight, bath)
+    return new._replace(velocity=velocity)
 
 
 def kinetic_energy(velocity: Tensor, bath: Bath) -> Tensor:
@@ -193,33 +200,47 @@ def _thermostatted(state: State, velocity: Tensor, bath: Bath) -> tuple[State, T
     return state._replace(thermostat=place, thermostat_rate=rate), velocity, twice_kinetic * scale * scale
 
 
-def _barostatted(state: State, bath: Bath) -> State:
-    """The state after half a step of the barostat's chain, which keeps de/dt at the temperature."""
-    time = bath.barostat_time
-    ratio = (bath.n_free + 3) * time**2 * state.strain_rate.square()
-    place, rate, scale = _chain(
-        state.barostat, state.barostat_rate, ratio, torch.ones_like(ratio), time, 0.5 * bath.timestep
+def _both_thermostatted(
+    state: State, velocity: Tensor, weight: Tensor, bath: Bath
+) -> tuple[State, Tensor, Tensor]:
+    """`_thermostatted`, and the same for the barostat's chain, which keeps de/dt at the temperature."""
+    twice_kinetic = 2 * kinetic_energy(velocity, bath)
+    n = torch.cat([bath.n_free, torch.ones_like(bath.n_free)])
+    kT = torch.cat([bath.kT, bath.kT])
+    ratio = torch.cat([twice_kinetic, weight * state.strain_rate.square()]) / (n * kT)
+    time = torch.cat([torch.full_like(bath.kT, t) for t in (bath.thermostat_time, bath.barostat_time)])
+    places = torch.cat([state.thermostat, state.barostat])
+    rates = torch.cat([state.thermostat_rate, state.barostat_rate])
+    places, rates, scales = _chain(places, rates, ratio, n, time, 0.5 * bath.timestep)
+    (thermostat, barostat), (scale, other) = places.chunk(2), scales.chunk(2)
+    thermostat_rate, barostat_rate = rates.chunk(2)
+    state = state._replace(
+        thermostat=thermostat,
+        thermostat_rate=thermostat_rate,
+        barostat=barostat,
+        barostat_rate=barostat_rate,
+        strain_rate=state.strain_rate * other,
     )
-    return state._replace(barostat=place, barostat_rate=rate, strain_rate=state.strain_rate * scale)
+    return state, velocity * _per_atom(scale[:, None], bath), twice_kinetic * scale * scale
 
 
 def _chain(
-    place: Tensor, rate: Tensor, ratio: Tensor, n: Tensor, time: float, delta: float
+    place: Tensor, rate: Tensor, ratio: Tensor, n: Tensor, time: Tensor | float, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Advance a Nose-Hoover chain by `delta`, as ASE's NoseHooverChainNVT with one Trotter step does.
 
     Masses are n kT time^2 for the first thermostat and kT time^2 for the others, so that kT drops out.
 
     Args:
-        place: coordinates, [S, 3].
-        rate: their rates, [S, 3].
-        ratio: 2K / (n kT) of what the chain acts on, [S].
-        n: its degrees of freedom, [S].
-        time: relaxation time.
+        place: coordinates of N chains, [N, 3].
+        rate: their rates, [N, 3].
+        ratio: 2K / (n kT) of what each chain acts on, [N].
+        n: its degrees of freedom, [N].
+        time: relaxation time, of all or of each, [N].
         delta: time to advance.
 
     Returns:
-        Coordinates, rates, and the factor [S] by which the chain scales the velocities.
+        Coordinates, rates, and the factor [N] by which the chain scales the velocities.
     """
     half, quarter = 0.5 * delta, 0.25 * delta
     aim = half / time**2
@@ -229,13 +250,12 @@ def _chain(
     by_third = torch.exp(-quarter * third)
     second = by_third * torch.addcmul(by_third * second - aim, n * first, first, value=half)
     by_second = torch.exp(-quarter * second)
-    first = by_second * torch.add(by_second * first - aim, ratio, alpha=aim)
+    first = by_second * (by_second * first + aim * (ratio - 1))
 
     scale = torch.exp(-delta * first)
     place = torch.add(place, torch.stack([first, second, third], dim=1), alpha=delta)
-    ratio = ratio * scale * scale
 
-    first = by_second * torch.add(by_second * first - aim, ratio, alpha=aim)
+    first = by_second * (by_second * first + aim * (ratio * scale * scale - 1))
     second = by_third * torch.addcmul(by_third * second - aim, n * first, first, value=half)
     third = torch.addcmul(third - aim, second, second, value=half)
     return place, torch.stack([first, second, third], dim=1), scale
@@ -245,21 +265,6 @@ def _chain_energy(place: Tensor, rate: Tensor, n: Tensor | float, time: float) -
     """Energy of a chain in units of kT, [S]."""
     energy = place + 0.5 * time**2 * rate.square()
     return n * energy[:, 0] + energy[:, 1:].sum(1)
-
-
-def _pushed(state: State, twice_kinetic: Tensor, bath: Bath) -> Tensor:
-    """de/dt after half a step of the pressure's pull, [S]."""
-    virial = volume(state) * (_trace(state.stress) + 3 * bath.pressure)
-    pull = (1 + 3 / bath.n_free) * twice_kinetic - virial
-    weight = (bath.n_free + 3) * bath.kT * bath.barostat_time**2
-    return torch.addcdiv(state.strain_rate, pull, weight, value=0.5 * bath.timestep)
-
-
-def _kicked_and_strained(velocity: Tensor, rate: Tensor, state: State, bath: Bath) -> Tensor:
-    """`_kicked`, in a cell that grows at `rate`."""
-    shrink = _per_atom((-0.5 * bath.timestep * (1 + 3 / bath.n_free) * rate)[:, None], bath)
-    kick = state.forces * (0.5 * bath.timestep * _relative_growth(shrink) / bath.mass)
-    return torch.addcmul(kick, velocity, shrink.exp())
 
 
 def _relative_growth(x: Tensor) -> Tensor:
