@@ -12,7 +12,7 @@ call take a tenth of the time of evaluating a small crystal.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -165,7 +165,10 @@ class Family:
         if all(grad is None for grad in grads):
             return (None,) * len(inputs)
         with_parameters = not _feature_derivatives_only and any(needed[self.n_features : self.n_derivatives])
-        found = self.backward(with_parameters, *_contiguous(grads), *inputs)
+        # nothing differentiates a derivative that is taken without gradients
+        below = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
+        with below:
+            found = self.backward(with_parameters, *_contiguous(grads), *inputs)
         found = (found,) if self.n_derivatives == 1 else found
         n = self.n_derivatives if with_parameters else self.n_features
         return _wanted(found[:n], inputs, needed)

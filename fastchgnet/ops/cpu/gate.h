@@ -8,12 +8,13 @@
 constexpr int TILE = 36;  // rows; a multiple of ROWS_AT_ONCE
 constexpr float EPS = 1e-5f;
 
-// What fastchgnet.ops.cpu.message gives: first fastchgnet.ops._message_inputs.Inputs. What is missing is null.
+// What fastchgnet.ops.cpu.message gives: the tensors of fastchgnet.ops._message_inputs.Inputs, the directions of
+// derivatives, and numbers. What is missing is null.
 struct Given {
     const float *p, *q, *r, *w, *a, *parameters;
-    int64_t has_hidden, n_norms;
     const int64_t *i, *i_start, *j, *j_start, *j_order, *k, *k_start, *k_order;
     const float *grad, *u_p, *u_q, *u_r, *u_w, *u_a;
+    int64_t has_hidden, n_norms;
     int64_t n_i, n_j, n_k, n_threads, has_w, has_a;  // even tensors without elements may be null
 };
 

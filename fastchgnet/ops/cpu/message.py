@@ -13,18 +13,7 @@ from fastchgnet.ops._message_inputs import Inputs
 from fastchgnet.ops.cpu import native
 
 _WIDTHS = (16, 64)
-_DIRECTIONS = ("grad", "u_p", "u_q", "u_r", "u_w", "u_a")
-_NUMBERS = ("n_i", "n_j", "n_k", "n_threads", "has_w", "has_a")
-_OUTPUTS = ("y", "p", "q", "r", "w", "a", "h", "w_rows", "parameters")
-
-
-class _Given(ctypes.Structure):
-    # every field takes eight bytes: addresses and numbers
-    _fields_ = [(name, ctypes.c_int64) for name in (*Inputs._fields, *_DIRECTIONS, *_NUMBERS)]
-
-
-class _Outputs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in _OUTPUTS]
+_N_DIRECTIONS = 6  # of the struct Given: grad, u_p, u_q, u_r, u_w, u_a
 
 
 def _library(m: Inputs) -> ctypes.CDLL | None:
@@ -40,7 +29,7 @@ def forward(*inputs: Any) -> Tensor:
     if library is None:
         return _message_torch.forward(*inputs)
     y = m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.width)
-    _call(library, 0, m, (), [y])
+    _call(library, 0, m, (), [y, *[None] * 8])
     return y
 
 
@@ -78,19 +67,12 @@ def _gradients(
 
 
 def _call(library: ctypes.CDLL, level: int, m: Inputs, directions: tuple[Any, ...], outputs: list) -> None:
-    missing = [None] * (len(_DIRECTIONS) - len(directions))
+    missing = [None] * (_N_DIRECTIONS - len(directions))
     # contiguous copies must outlive the call
-    given = [t.contiguous() if isinstance(t, Tensor) else t for t in (*m, *directions, *missing)]
-    lengths = (len(m.p), len(m.q), len(m.r), native.n_threads(len(m.i)))
+    given = [None if t is None else t.contiguous() for t in (*m[:6], *m[8:], *directions, *missing)]
+    lengths = (m.p.shape[0], m.q.shape[0], m.r.shape[0], native.n_threads(m.i.shape[0]))
+    numbers = (m.has_hidden, m.n_norms, *lengths, m.w is not None, m.a is not None)
     status = library.messages(
-        level,
-        ctypes.c_int64(m.width),
-        ctypes.byref(_Given(*map(_word, given), *lengths, m.w is not None, m.a is not None)),
-        ctypes.byref(_Outputs(*map(_word, outputs))),
+        level, ctypes.c_int64(m.width), native.block(given, numbers), native.block(outputs)
     )
     assert status == 0, "a width that the compiled body does not know"
-
-
-def _word(value: Any) -> int:
-    """Return the address of a tensor, zero for what is missing, or the number itself."""
-    return value.data_ptr() if isinstance(value, Tensor) else value or 0

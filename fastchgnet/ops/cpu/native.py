@@ -15,7 +15,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def library() -> ctypes.CDLL | None:
 def n_threads(n_rows: int) -> int:
     """Return how many threads so many rows are worth."""
     return max(1, min(torch.get_num_threads(), n_rows // _ROWS_PER_THREAD))
+
+
+def block(tensors: Iterable[Tensor | None], numbers: Iterable[int] = ()) -> ctypes.c_void_p:
+    """Put addresses of contiguous tensors, zero for what is missing, and then numbers into a struct."""
+    words = array("q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    words.extend(numbers)
+    given = ctypes.c_void_p(words.buffer_info()[0])
+    given.words = words  # type: ignore[attr-defined]  # they live as long as their address
+    return given
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -11,18 +11,6 @@ import torch
 from fastchgnet.ops.cpu import native
 
 _WIDTHS = (16, 64)
-_MAX_PARTS = 5
-
-
-class _Given(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("s", "t", "w", "weight", "bias", "row_ends")),
-        *((name, ctypes.c_int64) for name in ("n_rows", "n_at_ends", "n_parts", "n_biases", "n_threads")),
-    ]
-
-
-_States = ctypes.c_void_p * (1 + _MAX_PARTS)
-_Features = ctypes.c_void_p * 3
 
 
 def library(m: Any) -> ctypes.CDLL | None:
@@ -36,7 +24,7 @@ def forward(compiled: ctypes.CDLL, m: Any) -> list[Any]:
     """Return the new state, None where nothing was sent, and the projections."""
     n, d = m.s.shape
     x = None if m.t is None else m.s.new_empty(n, d)
-    n_ends = n if m.end_row is None else len(m.end_row)
+    n_ends = n if m.end_row is None else m.end_row.shape[0]
     lengths = [n_ends if part < m.n_at_ends else n for part in range(m.n_parts)]
     made = [x, *(m.s.new_empty(length, 2 * d) for length in lengths)]
     _call(compiled, m, made, None, None)
@@ -52,16 +40,10 @@ def backward(compiled: ctypes.CDLL, m: Any, grads: Sequence[Any]) -> list[Any]:
 
 def _call(compiled: ctypes.CDLL, m: Any, made: Any, grads: Any, found: Any) -> None:
     # contiguous copies must outlive the call
-    tensors = [None if t is None else t.contiguous() for t in (*m[:5], m.row_ends)]
+    given = [None if t is None else t.contiguous() for t in (*m[:5], m.row_ends)]
     n, d = m.s.shape
-    n_biases = 0 if m.bias is None else len(m.bias) // (2 * d)
+    n_biases = 0 if m.bias is None else m.bias.shape[0] // (2 * d)
     numbers = (n, m.n_at_ends, m.n_parts, n_biases, native.n_threads(n))
-    given = _Given(*map(native.pointer, tensors), *numbers)
-    status = compiled.project(
-        ctypes.c_int64(d),
-        ctypes.byref(given),
-        None if made is None else _States(*map(native.pointer, made)),
-        None if grads is None else _States(*map(native.pointer, grads)),
-        None if found is None else _Features(*map(native.pointer, found)),
-    )
+    states = (None if of is None else native.block(of) for of in (made, grads, found))
+    status = compiled.project(ctypes.c_int64(d), native.block(given, numbers), *states)
     assert status == 0, "a width that the compiled body does not know"
