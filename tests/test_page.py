@@ -192,13 +192,17 @@ addEventListener('load', async () => {
   slider().dispatchEvent(new Event('input', {bubbles: true}));
   slider().dispatchEvent(new Event('change', {bubbles: true}));
   await wait();
+  const curves = () => document.querySelectorAll('#panels .scatterlayer .trace').length;
   const view = document.getElementById('movie-structure');
   document.getElementById('movie-by-moment').click();
   await wait();
   const report = {
     frame: label(), last: slider().max, canvases: [canvases(view)],
-    curves: document.querySelectorAll('#panels .scatterlayer .trace').length,
+    curves: curves(),
   };
+  document.querySelector('#panel-legend span').click();
+  await wait();
+  report.left = curves();
   window.movie = undefined;
   const choice = document.getElementById('movie-name');
   choice.selectedIndex = 1;
@@ -251,6 +255,7 @@ def test_runs_in_a_browser(tmp_path):
         "last": "4",
         "canvases": [1, 1],
         "curves": 2,
+        "left": 1,
         "caption": "Fe, 1 atom",
         "legend": "Fe",
         "loaded": [],

@@ -145,11 +145,22 @@ def _curve_section(panels: Sequence[Panel]) -> str:
     return "\n".join(
         [
             "<h2>Curves</h2>",
+            f'<p class="legend" id="panel-legend">{_legend(color)}</p>',
             '<div class="panels" id="panels"></div>',
             paragraphs(notes),
             _data("panel-data", figures),
             f"<script>{CURVES}</script>",
         ]
+    )
+
+
+def _legend(color: Mapping[str, str]) -> str:
+    """Name the lines of all panels, to be shown and hidden, unless there are more than colours."""
+    if not 1 < len(color) <= len(_COLORS):
+        return ""
+    return " ".join(
+        f'<span data-color="{shade}"><i style="background: {shade}"></i>{html.escape(name)}</span>'
+        for name, shade in color.items()
     )
 
 
@@ -174,7 +185,6 @@ def _figure(panel: Panel, color: Mapping[str, str]) -> tuple[dict[str, Any], str
         "title": {"text": html.escape(panel.name, quote=False)},
         "xaxis": {"title": {"text": html.escape(panel.x_name, quote=False)}},
         "yaxis": {"title": {"text": html.escape(panel.unit, quote=False)}},
-        "showlegend": 1 < len(shown) <= len(_COLORS),
         "hovermode": "x unified" if len(shown) <= len(_COLORS) else "closest",
     }
     missing = []
@@ -200,7 +210,7 @@ def _movie_section(movies: Mapping[str, Sequence[Atoms]]) -> str:
             "colours by magnetic moment</label></p>",
             '<div id="movie-view"><div id="movie-meta"></div><div id="movie-structure"></div></div>',
             '<div id="movie-info"></div>',
-            '<p id="movie-legend"></p>',
+            '<p class="legend" id="movie-legend"></p>',
             paragraphs(notes),
             _data("movie-data", data),
             f"<script>{MOVIES}</script>",

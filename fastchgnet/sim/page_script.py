@@ -14,10 +14,13 @@ STYLE = """
 #movie-structure { height: 100% }
 #movie-meta { display: none }
 #movie-info { min-height: 4.5rem }
+#panel-legend span { cursor: pointer }
+#panel-legend i { border-radius: 0; height: .2rem; border: 0; vertical-align: .3rem }
+#panel-legend .off { opacity: .35 }
 #movie-name { font: inherit; max-width: 60% }
 #movie-caption { color: #666; margin: 0 1rem }
-#movie-legend span { display: inline-block; margin-right: 1.2rem; white-space: nowrap }
-#movie-legend i { display: inline-block; width: .9rem; height: .9rem; border-radius: 50%;
+.legend span { display: inline-block; margin-right: 1.2rem; white-space: nowrap }
+.legend i { display: inline-block; width: .9rem; height: .9rem; border-radius: 50%;
   border: 1px solid #888; margin-right: .4rem; vertical-align: -.1rem }
 """
 
@@ -26,8 +29,8 @@ CURVES = """
   const ink = '#333', look = {
     font: {family: 'system-ui, sans-serif', size: 12, color: ink},
     margin: {l: 70, r: 15, t: 40, b: 45},
-    legend: {orientation: 'h', y: -0.25},
     hoverlabel: {namelength: -1},
+    showlegend: false,
   };
   const axis = {gridcolor: '#e5e5e5', linecolor: ink, ticks: 'outside', zeroline: false, automargin: true};
   const buttons = ['toImage', 'zoom2d', 'pan2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d'];
@@ -38,6 +41,15 @@ CURVES = """
     for (const name of ['xaxis', 'yaxis']) Object.assign(layout[name], axis);
     Object.assign(layout.title, {font: {size: 15}, x: 0.02, xanchor: 'left'});
     Plotly.newPlot(panel, data, {...look, ...layout}, config);
+  }
+  for (const entry of document.querySelectorAll('#panel-legend span')) {
+    entry.addEventListener('click', () => {
+      const visible = !entry.classList.toggle('off');
+      for (const panel of place.children) {
+        const line = panel.data.findIndex(({line}) => line.color === entry.dataset.color);
+        if (line >= 0) Plotly.restyle(panel, {visible}, line);
+      }
+    });
   }
 })();
 """
