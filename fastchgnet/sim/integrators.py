@@ -112,11 +112,11 @@ def martyna_tobias_klein(state: State, bath: Bath, forces: Forces, noise: Tensor
     the atoms and one for the barostat; W = (n + 3) kT barostat_time^2.
     """
     dt = bath.timestep
-    alpha = 1 + 3 / bath.n_free
-    weight = (bath.n_free + 3) * bath.kT * bath.barostat_time**2
+    alpha = 1.0 + 3.0 / bath.n_free
+    weight = (bath.n_free + 3.0) * bath.kT * bath.barostat_time**2
     state, velocity, twice_kinetic = _both_thermostatted(state, state.velocity, weight, bath)
     volume_now = volume(state)
-    pull = alpha * twice_kinetic - volume_now * (_trace(state.stress) + 3 * bath.pressure)
+    pull = alpha * twice_kinetic - volume_now * (_trace(state.stress) + 3.0 * bath.pressure)
     rate = torch.addcdiv(state.strain_rate, pull, weight, value=0.5 * dt)
 
     growth, shrink = rate * dt, rate * alpha * (-0.5 * dt)
@@ -128,8 +128,8 @@ def martyna_tobias_klein(state: State, bath: Bath, forces: Forces, noise: Tensor
     new = _arrived(state, forces, torch.addcmul(drift, state.position, stretch), cell)
     velocity = torch.addcmul(new.forces * push, velocity, keep)
 
-    volume_now = volume_now * (3 * growth).exp()
-    pull = alpha * 2 * kinetic_energy(velocity, bath) - volume_now * (_trace(new.stress) + 3 * bath.pressure)
+    volume_now = volume_now * (3.0 * growth).exp()
+    pull = alpha * 2.0 * kinetic_energy(velocity, bath) - volume_now * (_trace(new.stress) + 3.0 * bath.pressure)
     new = new._replace(strain_rate=torch.addcdiv(rate, pull, weight, value=0.5 * dt))
     new, velocity, _ = _both_thermostatted(new, velocity, weight, bath)
     return new._replace(velocity=velocity)
@@ -152,13 +152,13 @@ def volume(state: State) -> Tensor:
 
 def pressure(state: State, bath: Bath) -> Tensor:
     """Pressure, that of the moving atoms included, [S]; NaN unless periodic in three directions."""
-    kinetic = 2 * kinetic_energy(state.velocity, bath) / volume(state)
-    return (kinetic - _trace(state.stress)) / 3
+    kinetic = 2.0 * kinetic_energy(state.velocity, bath) / volume(state)
+    return (kinetic - _trace(state.stress)) / 3.0
 
 
 def conserved_energy(state: State, bath: Bath) -> Tensor:
     """The energy of crystal and surroundings, [S], which every step leaves as it is but for its own error."""
-    squared = (bath.n_free + 3) * bath.barostat_time**2 * state.strain_rate.square()
+    squared = (bath.n_free + 3.0) * bath.barostat_time**2 * state.strain_rate.square()
     return (
         state.energy
         + kinetic_energy(state.velocity, bath)
@@ -191,7 +191,7 @@ def _arrived(state: State, forces: Forces, position: Tensor, cell: Tensor) -> St
 
 def _thermostatted(state: State, velocity: Tensor, bath: Bath) -> tuple[State, Tensor, Tensor]:
     """State and velocities after half a step of the thermostat's chain, and 2K then."""
-    twice_kinetic = 2 * kinetic_energy(velocity, bath)
+    twice_kinetic = 2.0 * kinetic_energy(velocity, bath)
     ratio = twice_kinetic / (bath.n_free * bath.kT)
     place, rate, scale = _chain(
         state.thermostat, state.thermostat_rate, ratio, bath.n_free, bath.thermostat_time, 0.5 * bath.timestep
@@ -204,7 +204,7 @@ def _both_thermostatted(
     state: State, velocity: Tensor, weight: Tensor, bath: Bath
 ) -> tuple[State, Tensor, Tensor]:
     """`_thermostatted`, and the same for the barostat's chain, which keeps de/dt at the temperature."""
-    twice_kinetic = 2 * kinetic_energy(velocity, bath)
+    twice_kinetic = 2.0 * kinetic_energy(velocity, bath)
     n = torch.cat([bath.n_free, torch.ones_like(bath.n_free)])
     kT = torch.cat([bath.kT, bath.kT])
     ratio = torch.cat([twice_kinetic, weight * state.strain_rate.square()]) / (n * kT)
@@ -250,12 +250,12 @@ def _chain(
     by_third = torch.exp(-quarter * third)
     second = by_third * torch.addcmul(by_third * second - aim, n * first, first, value=half)
     by_second = torch.exp(-quarter * second)
-    first = by_second * (by_second * first + aim * (ratio - 1))
+    first = by_second * (by_second * first + aim * (ratio - 1.0))
 
     scale = torch.exp(-delta * first)
     place = torch.add(place, torch.stack([first, second, third], dim=1), alpha=delta)
 
-    first = by_second * (by_second * first + aim * (ratio * scale * scale - 1))
+    first = by_second * (by_second * first + aim * (ratio * scale * scale - 1.0))
     second = by_third * torch.addcmul(by_third * second - aim, n * first, first, value=half)
     third = torch.addcmul(third - aim, second, second, value=half)
     return place, torch.stack([first, second, third], dim=1), scale
@@ -269,7 +269,7 @@ def _chain_energy(place: Tensor, rate: Tensor, n: Tensor | float, time: float) -
 
 def _relative_growth(x: Tensor) -> Tensor:
     """(exp(x) - 1) / x, which is 1 at 0."""
-    return torch.where(x == 0, 1.0, torch.expm1(x) / x)
+    return torch.where(x == 0.0, 1.0, torch.expm1(x) / x)
 
 
 def _trace(matrices: Tensor) -> Tensor:
