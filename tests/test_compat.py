@@ -180,6 +180,8 @@ def test_what_cannot_be_honoured_is_refused(ours: compat.CHGNet, theirs: Any, tm
         ("ase_filter", lambda: compat.StructOptimizer(ours).relax(atoms, ase_filter="Atoms")),
         ("thermostat", lambda: compat.MolecularDynamics(atoms, model=ours, thermostat="Langevin")),
         ("ensemble", lambda: compat.MolecularDynamics(atoms, model=ours, ensemble="nph")),
+        ("timestep=0", lambda: compat.MolecularDynamics(atoms, model=ours, timestep=0)),
+        ("temperature=-1", lambda: compat.MolecularDynamics(atoms, model=ours, temperature=-1)),
         ("fitted first", lambda: compat.EquationOfState(ours).get_bulk_modulus()),
     ]
     for reason, call in refused:

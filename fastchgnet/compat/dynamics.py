@@ -97,12 +97,9 @@ class MolecularDynamics:
         return_site_energies: bool = False,
         use_device: str | None = None,
     ) -> None:
-        kind = (ensemble.lower(), thermostat.lower())
-        if kind[0] != "nve" and kind not in INTEGRATORS:
-            raise InputError(
-                f"ensemble={ensemble!r} with thermostat={thermostat!r}: choose nve, nvt or npt with "
-                "Nose-Hoover, Berendsen (nvt), NPT_Berendsen (npt) or Berendsen_inhomogeneous"
-            )
+        if not (timestep > 0 and temperature >= 0):
+            raise InputError(f"timestep={timestep} and temperature={temperature} must be positive")
+        kind = _kind(ensemble, thermostat)
         self.ensemble, self.thermostat = ensemble, thermostat
         self.trajectory, self.logfile, self.loginterval = trajectory, logfile, loginterval
         self.timestep, self.crystal_feas_logfile = timestep, crystal_feas_logfile
@@ -218,6 +215,17 @@ class MolecularDynamics:
             stacklevel=4,
         )
         return SOFT
+
+
+def _kind(ensemble: str, thermostat: str) -> tuple[str, str]:
+    """Both in small letters, where there is an integrator."""
+    kind = (ensemble.lower(), thermostat.lower())
+    if kind[0] != "nve" and kind not in INTEGRATORS:
+        raise InputError(
+            f"ensemble={ensemble!r} with thermostat={thermostat!r}: choose nve, nvt or npt with "
+            "Nose-Hoover, Berendsen (nvt), NPT_Berendsen (npt) or Berendsen_inhomogeneous"
+        )
+    return kind
 
 
 def _draw_velocities(atoms: Atoms, temperature: float) -> None:
