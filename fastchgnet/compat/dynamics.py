@@ -98,7 +98,9 @@ class MolecularDynamics:
         use_device: str | None = None,
     ) -> None:
         if not (timestep > 0 and temperature >= 0):
-            raise InputError(f"timestep={timestep} and temperature={temperature} must be positive")
+            raise InputError(
+                f"timestep={timestep} must be above and temperature={temperature} not below zero"
+            )
         kind = _kind(ensemble, thermostat)
         self.ensemble, self.thermostat = ensemble, thermostat
         self.trajectory, self.logfile, self.loginterval = trajectory, logfile, loginterval
