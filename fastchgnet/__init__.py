@@ -10,15 +10,19 @@ if TYPE_CHECKING:
     from fastchgnet.prediction import Prediction, predict
     from fastchgnet.published import load
     from fastchgnet.sim.calculator import FastCHGNetCalculator
+    from fastchgnet.sim.md import MolecularDynamics
+    from fastchgnet.sim.relax import relax
 
 __version__ = version("fastchgnet")
-__all__ = ["FastCHGNetCalculator", "Prediction", "load", "predict"]
+__all__ = ["FastCHGNetCalculator", "MolecularDynamics", "Prediction", "load", "predict", "relax"]
 
 _HOMES = {
     "FastCHGNetCalculator": "fastchgnet.sim.calculator",
+    "MolecularDynamics": "fastchgnet.sim.md",
     "Prediction": "fastchgnet.prediction",
     "load": "fastchgnet.published",
     "predict": "fastchgnet.prediction",
+    "relax": "fastchgnet.sim.relax",
 }
 
 
