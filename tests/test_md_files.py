@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk
 from crystals import benzene, crystals, potential
@@ -23,6 +25,7 @@ from safetensors.torch import load_file
 from fastchgnet import FastCHGNetCalculator
 from fastchgnet.cli import main
 from fastchgnet.config import ModelConfig
+from fastchgnet.errors import InputError
 from fastchgnet.published import load
 from fastchgnet.sim import md_files
 from fastchgnet.sim.md_files import COLUMNS, RESTART, RunFolder, Sums, file_name, read_log
@@ -319,6 +322,37 @@ def test_states_are_saved_when_it_is_time(cli: Cli, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(md_files, "_SAVE_SHARE", 1e9)
     assert cli("iron.xyz", "--out", "often", "--steps", 6, "--interval", 2).status == 0
     assert saved[2:] == [0, 2, 4, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        ("fastchgnet.sim.md_files.RunFolder._append", InputError("disk: no space left"), "no space left"),
+        ("fastchgnet.sim.md.MolecularDynamics._step", torch.OutOfMemoryError(), "out of memory; run fewer"),
+    ],
+)
+def test_a_full_disk_or_memory_costs_what_was_not_saved(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception, message: str
+) -> None:
+    options = ("two.xyz", "--interval", 2, "--steps", 8)
+    assert cli("two.xyz", "--interval", 2, "--steps", 4, "--out", "run").status == 0
+    calls = []
+
+    def fails(*args: object) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        module, kind, name = method.rsplit(".", 2)
+        real = getattr(getattr(importlib.import_module(module), kind), name)
+        patch.setattr(method, fails)
+        ran = cli(*options, "--out", "run", "--resume")
+    assert ran.status == 2 and len(ran.lines) == 1 and message in ran.lines[0]
+    assert cli(*options, "--out", "run", "--resume").status == 0
+    assert cli(*options, "--out", "whole").status == 0
+    assert contents("run") == contents("whole")
 
 
 def test_a_page(cli: Cli) -> None:

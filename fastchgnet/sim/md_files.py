@@ -97,7 +97,7 @@ class Sums:
         """Slope of the conserved energy by least squares, meV/atom/ps; NaN of fewer than two rows."""
         n, t, tt, e, te = self.table[number, :5]
         spread = n * tt - t * t
-        return 1000 * (n * te - t * e) / spread / n_atoms if n > 1 else math.nan
+        return 1000 * (n * te - t * e) / spread / n_atoms if spread > 0 else math.nan
 
     def means(self, number: int) -> tuple[float, float]:
         """Mean temperature, K, and pressure, GPa; NaN without rows."""
@@ -163,13 +163,13 @@ class RunFolder:
         """
         self.record_lost(dynamics)
         for snapshot in dynamics.snapshots():
-            self._append(snapshot, dynamics.settings.timestep, ms_per_step)
+            self._append(snapshot, dynamics, ms_per_step)
 
     def record_lost(self, dynamics: MolecularDynamics) -> None:
         """Append the last good frames of those that have left since, unless they are there."""
         for lost in dynamics.lost[self._n_lost :]:
             if lost.last is not None and lost.step % self.options["interval"]:
-                self._append(lost.last, dynamics.settings.timestep, math.nan)
+                self._append(lost.last, dynamics, math.nan)
         self._n_lost = len(dynamics.lost)
 
     def save_if_due(self, dynamics: MolecularDynamics) -> None:
@@ -233,10 +233,15 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{path}: cannot go on with it ({error.strerror or error})") from error
 
-    def _append(self, snapshot: Snapshot, timestep: float, ms_per_step: float) -> None:
-        atoms = snapshot.as_atoms()
-        picoseconds = snapshot.step * timestep / 1000
-        atoms.info = {"step": snapshot.step, "time_ps": round(picoseconds, 9)}
+    def _append(self, snapshot: Snapshot, dynamics: MolecularDynamics, ms_per_step: float) -> None:
+        atoms, provenance = snapshot.as_atoms(), dynamics.potential.provenance
+        picoseconds = snapshot.step * dynamics.settings.timestep / 1000
+        atoms.info = {
+            "step": snapshot.step,
+            "time_ps": round(picoseconds, 9),
+            "functional": provenance.functional,
+            "energy_correction": provenance.energy_correction,
+        }
         states = None
         if self.charges is not None:
             states = self.charges.assign(atoms.numbers, snapshot.magmoms)

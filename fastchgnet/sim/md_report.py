@@ -11,7 +11,7 @@ import ase.io
 from rich.console import Console
 
 from fastchgnet.report import Table
-from fastchgnet.sim.ensemble import Settings
+from fastchgnet.sim.md import MolecularDynamics
 from fastchgnet.sim.md_files import RunFolder, read_log
 from fastchgnet.sim.page import MAX_FRAMES, Panel, write_page
 
@@ -64,12 +64,15 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
         Console().print(summary_table(rows).rich())
 
 
-def write_report(path: Path, folder: RunFolder, settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
+def write_report(
+    path: Path, folder: RunFolder, dynamics: MolecularDynamics, rows: Sequence[dict[str, Any]]
+) -> None:
     """Write the page of a run.
 
     Raises:
         InputError: the page cannot be written, or what draws it is not installed.
     """
+    settings, provenance = dynamics.settings, dynamics.potential.provenance
     logs = {number: read_log(folder.log(number)) for number, row in enumerate(rows) if row["frames"]}
     curves = (*_CURVES, _VOLUME) if settings.ensemble == "npt" else _CURVES
     panels = []
@@ -89,6 +92,8 @@ def write_report(path: Path, folder: RunFolder, settings: Settings, rows: Sequen
     }
     notes = [
         f"{settings.ensemble.upper()}, steps of {settings.timestep:g} fs, seed {settings.seed}.",
+        f"Model {provenance.name}, functional {provenance.functional}, "
+        f"energy correction {provenance.energy_correction}.",
         "Drift is the slope of the conserved energy by least squares.",
     ]
     write_page(path, "Molecular dynamics", notes, [summary_table(rows)], panels, movies)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import ase.io
 import numpy as np
+import torch
 from ase import Atoms
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -104,10 +105,10 @@ def run_files(
         raise InputError(f"{plan.out}: holds a run already; --resume goes on with it")
     starts = [_start(crystal, plan) for crystal in crystals]
     atoms, members = _expand(crystals, starts, plan)
+    potential = load(model, device, dtype)
+    dynamics = MolecularDynamics(potential, atoms, [one.temperature for one in members], plan.settings)
+    folder = RunFolder(plan.out, members, _options(plan, potential, starts), plan.charges)
     with only_process(plan.out), stop_request() as request:
-        potential = load(model, device, dtype)
-        dynamics = MolecularDynamics(potential, atoms, [one.temperature for one in members], plan.settings)
-        folder = RunFolder(plan.out, members, _options(plan, potential, starts), plan.charges)
         if (plan.out / RESTART).exists():
             folder.resume(dynamics)
         else:
@@ -119,7 +120,7 @@ def run_files(
         f"{row['name']}: stopped after {row['steps']} steps: {row['reason']}" for row in rows if row["reason"]
     ]
     if plan.report is not None:
-        write_report(plan.report, folder, plan.settings, rows)
+        write_report(plan.report, folder, dynamics, rows)
     return Outcome(rows, errors, bool(dynamics.members) and dynamics.n_steps < plan.steps)
 
 
@@ -130,7 +131,11 @@ def _run(
     show: Callable[[MolecularDynamics, float], None],
     stop: Callable[[], bool],
 ) -> None:
-    """Take the steps that are left; whatever ends them, files are complete."""
+    """Take the steps that are left, and save the last.
+
+    Raises:
+        InputError: the disk or the memory is full; the run can go on from what was saved last.
+    """
     began, step = time.perf_counter(), dynamics.n_steps
 
     def observe(dynamics: MolecularDynamics) -> None:
@@ -143,9 +148,10 @@ def _run(
 
     try:
         dynamics.run(plan.steps - dynamics.n_steps, plan.interval, observe, stop)
-    finally:
-        folder.record_lost(dynamics)
-        folder.save(dynamics)
+    except torch.OutOfMemoryError as error:
+        raise InputError("out of memory; run fewer or smaller crystals at a time") from error
+    folder.record_lost(dynamics)
+    folder.save(dynamics)
 
 
 def _start(crystal: Crystal, plan: Plan) -> Atoms:
