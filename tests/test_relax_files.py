@@ -23,7 +23,9 @@ from crystals import benzene, crystals, potential, rattled
 from fastchgnet.cli import main
 from fastchgnet.config import ModelConfig
 from fastchgnet.errors import InputError
+from fastchgnet.graph import Output
 from fastchgnet.sim import relax_files, relax_terminal
+from fastchgnet.sim.moving import MovingSystems
 from fastchgnet.sim.relax_record import Key, Record
 from fastchgnet.weights import save_potential
 
@@ -177,6 +179,21 @@ def test_failures_are_listed_and_keep_their_last_good_frame(cli, folder) -> None
     assert cli("copper.cif", *options)[0] == 2  # a record alone; nothing sound is asked for
 
 
+def test_a_model_that_says_nothing_ends_in_status_2(cli, folder, monkeypatch) -> None:
+    evaluate = MovingSystems.evaluate
+
+    def silent(moving, position, cell) -> Output:
+        output = evaluate(moving, position, cell)
+        return output._replace(energy=output.energy * np.nan)
+
+    monkeypatch.setattr(MovingSystems, "evaluate", silent)
+    status, _, lines = cli("copper.cif", "--trajectory", "steps")
+    assert (status, lines) == (2, ["error: copper.cif:0: the model's prediction is not finite"])
+    (row,) = rows()
+    assert row["failed"] and row["energy"] is None and row["energies"] == []
+    assert len(ase.io.read("relaxed.extxyz", ":")) == 1 and not Path("steps").exists()
+
+
 def test_wrong_options_end_in_one_line(cli, folder) -> None:
     for options, named in (
         (("nowhere.cif",), "nowhere.cif: no such file"),
@@ -309,7 +326,7 @@ def test_what_was_written_in_part_does_not_count(tmp_path, torn) -> None:
         other = next(p for p in (tmp_path / ".out.extxyz.part", tmp_path / "out.jsonl") if p != path)
         whole = other.read_bytes()
     found = set()
-    for length in range(0, len(content) + 1, 7):
+    for length in range(0, len(content) + 1, 31):
         path.write_bytes(content[:length])
         other.write_bytes(whole)
         with Record(tmp_path / "out.extxyz", {"fmax": 0.05}, STARTS) as again:

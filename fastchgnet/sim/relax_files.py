@@ -107,9 +107,10 @@ def relax_files(potential: Potential, inputs: Inputs, task: Task, watcher: Watch
     Raises:
         InputError: as `Record`, or a result cannot be written.
     """
-    starts = {key: _fingerprint(inputs, place) for place, key in enumerate(inputs.keys)}
+    keys = inputs.keys
+    starts = {key: _fingerprint(inputs, place) for place, key in enumerate(keys)}
     with Record(task.out, _dependencies(potential, task.settings), starts) as record:
-        todo = [place for place, key in enumerate(inputs.keys) if key not in record.rows]
+        todo = [place for place, key in enumerate(keys) if key not in record.rows]
         _say_which_cells_stay(inputs, todo, task.settings)
         relaxation = Relaxation(
             potential,
@@ -124,14 +125,14 @@ def relax_files(potential: Potential, inputs: Inputs, task: Task, watcher: Watch
         while not relaxation.finished and not watcher.stops():
             for relaxed in relaxation.step():
                 place = todo[relaxed.index]
-                key = inputs.keys[place]
-                if task.trajectory is not None:
+                key = keys[place]
+                if task.trajectory is not None and relaxed.path:
                     _write_path(task.trajectory, key, relaxed)
                 row = _row(inputs.crystals[place], relaxed) | {"start": starts[key]}
                 record.add(key, row, _described(relaxed, inputs.held[place]))
                 n_done += 1
             watcher.show(n_done, relaxation.n_crystal_steps)
-        record.finish(inputs.keys)
+        record.finish(keys)
     return Outcome(inputs, record, relaxation.finished)
 
 
@@ -186,6 +187,7 @@ def _row(crystal: Crystal, relaxed: Relaxed) -> Row:
         "file": crystal.file,
         "index": crystal.index,
         "formula": crystal.as_atoms().get_chemical_formula(),
+        "n_atoms": len(final.numbers),
         "converged": relaxed.converged,
         "failed": relaxed.failed,
         "reason": relaxed.reason,

@@ -165,11 +165,12 @@ def _figure(value: float | None, text: str) -> str:
 def _write_report(path: Path, outcome: Outcome, task: Task) -> None:
     """Write the page: a table, the way energies and forces went, and the crystals from start to end."""
     rows, settings = outcome.rows, task.settings
+    model = ", ".join(sorted({f"{row['settings']['model']} in {row['settings']['dtype']}" for row in rows}))
     energies, forces = {}, {}
     for row in rows:
         name, steps = f"{row['file']}:{row['index']} {row['formula']}", range(len(row["energies"]))
-        n_atoms = len(outcome.record.crystal((row["file"], row["index"])))
-        energies[name] = (steps, [1000 * (energy - row["energy"]) / n_atoms for energy in row["energies"]])
+        above = [1000 * (energy - row["energy"]) / row["n_atoms"] for energy in row["energies"]]
+        energies[name] = (steps, above)
         forces[name] = (steps, row["fmaxs"])
     movies: dict[str, list[Atoms]] = {}
     for place, (file, index) in enumerate(outcome.inputs.keys):
@@ -180,6 +181,7 @@ def _write_report(path: Path, outcome: Outcome, task: Task) -> None:
         "Relaxation",
         [
             _summary(rows),
+            f"Model {model}.",
             f"To {settings.fmax:g} eV/Å in at most {settings.max_steps} steps, cell {settings.cell}, "
             f"pressure {settings.pressure / GPA:g} GPa.",
         ],
