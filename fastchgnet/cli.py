@@ -99,36 +99,36 @@ def predict(
         raise typer.Exit(1 if crystals and done else 2)
 
 
+Ensemble = Annotated[Literal["nve", "nvt", "npt"], typer.Option(help="What is kept.")]
+Thermostat = Annotated[Literal["nose-hoover", "langevin"], typer.Option(help="Of NVT; NPT has the first.")]
+Temperatures = Annotated[list[float], typer.Option(help="K; repeatable: every crystal runs at each.")]
+Velocities = Annotated[
+    Literal["random", "given"], typer.Option(help="At the start: drawn, or those of the files.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if any.")]
+Page = Annotated[Path | None, typer.Option(help="Also write this page, with curves and movies.")]
+
+
 @app.command(epilog="Example: fastchgnet md LiMnO2.cif --ensemble nvt --temperature 600 --out runs/md")
 def md(
     files: Annotated[list[Path], typer.Argument(help="Crystals, as for predict; all run at the same time.")],
     out: Annotated[Path, typer.Option(help="Folder of trajectories, logs and the state to go on from.")],
-    ensemble: Annotated[Literal["nve", "nvt", "npt"], typer.Option(help="What is kept.")] = "nvt",
-    thermostat: Annotated[
-        Literal["nose-hoover", "langevin"], typer.Option(help="Of NVT; NPT has Nose-Hoover's.")
-    ] = "nose-hoover",
-    temperature: Annotated[
-        list[float] | None, typer.Option(help="K; repeatable: every crystal at each. [default: 300]")
-    ] = None,
+    ensemble: Ensemble = "nvt",
+    thermostat: Thermostat = "nose-hoover",
+    temperature: Temperatures = [300.0],  # noqa: B006, as typer wants it
     replicas: Annotated[int, typer.Option(help="Of every crystal at each temperature.")] = 1,
     pressure: Annotated[float, typer.Option(help="GPa, of NPT.")] = 0.0,
-    timestep: Annotated[float, typer.Option(help="fs")] = 1.0,
+    timestep: Annotated[float, typer.Option(help="Time of a step, fs.")] = 1.0,
     steps: Annotated[int, typer.Option(help="In all, with those before --resume.")] = 10_000,
     interval: Annotated[int, typer.Option(help="Steps from frame to frame.")] = 10,
-    thermostat_time: Annotated[float, typer.Option(help="fs; of Langevin's 1 / friction.")] = 100.0,
-    barostat_time: Annotated[float, typer.Option(help="fs")] = 1000.0,
-    velocities: Annotated[
-        Literal["random", "given"], typer.Option(help="At the start: drawn, or those of the files.")
-    ] = "random",
+    thermostat_time: Annotated[float, typer.Option(help="fs; of Langevin's, 1 / friction.")] = 100.0,
+    barostat_time: Annotated[float, typer.Option(help="fs, of NPT.")] = 1000.0,
+    velocities: Velocities = "random",
     seed: Annotated[int, typer.Option(help="Of velocities and noise.")] = 0,
     charges: Annotated[bool, typer.Option("--charges", help="Oxidation states from magmoms.")] = False,
-    charge_table: Annotated[
-        Path | None, typer.Option(help="YAML of oxidation states, for --charges.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if any.")] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Also write an HTML page with curves and movies.")
-    ] = None,
+    charge_table: Annotated[Path | None, typer.Option(help="YAML of oxidation states to use.")] = None,
+    resume: Resume = False,
+    report: Page = None,
     model: Model = "chgnet-0.3.0",
     as_json: Json = False,
     device: Device = "auto",
@@ -153,7 +153,7 @@ def md(
         files=files,
         out=out,
         settings=settings,
-        temperatures=temperature or [300.0],
+        temperatures=temperature,
         replicas=replicas,
         steps=steps,
         interval=interval,

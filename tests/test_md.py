@@ -12,35 +12,37 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
-from crystals import CONSERVATIVE, PAIR, SMOOTH, benzene, crystals, potential
+from crystals import PAIR, benzene, crystals, potential
 from torch import Tensor
 
 from fastchgnet import FastCHGNetCalculator
+from fastchgnet.config import ModelConfig
 from fastchgnet.errors import InputError
 from fastchgnet.sim.ensemble import Settings
 from fastchgnet.sim.md import MolecularDynamics
 
 NVT = Settings(ensemble="nvt", thermostat="langevin", timestep=2.0)
 NPT = Settings(ensemble="npt", timestep=2.0, pressure=1.0, barostat_time=100.0)
+SMALL = ModelConfig(atom_cutoff=4.0, n_radial=5, n_angular=5, readout_hidden=(16,))
 ALL = (Settings(), Settings(ensemble="nvt"), NVT, NPT)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return potential(SMOOTH)
+    return potential(SMALL)
 
 
 def positions(dynamics: MolecularDynamics) -> list[np.ndarray]:
     return [snapshot.atoms.positions for snapshot in dynamics.snapshots()]
 
 
-def test_nve_is_ases_with_the_calculator() -> None:
+def test_nve_is_ases_with_the_calculator(model) -> None:
     """Rounding of float64 in another order of operations, over 100 steps."""
-    made, atoms = potential(CONSERVATIVE), crystals()[0]
-    dynamics = MolecularDynamics(made, [atoms], 300.0)
+    atoms = crystals()[0]
+    dynamics = MolecularDynamics(model, [atoms], 300.0)
     (start,) = dynamics.snapshots()
     other = start.atoms.copy()
-    other.calc = FastCHGNetCalculator(made)
+    other.calc = FastCHGNetCalculator(model)
     VelocityVerlet(other, timestep=1 * units.fs).run(100)
     dynamics.run(100)
     (end,) = dynamics.snapshots()
@@ -152,7 +154,7 @@ def test_what_explodes_leaves(model) -> None:
     hot = MolecularDynamics(model, [crystals()[1], crystals()[1]], [2e5, 300.0])
     assert [(lost.number, lost.step) for lost in hot.lost] == [(0, 0)]
     assert "temperature" in hot.lost[0].reason
-    broken = potential(SMOOTH)
+    broken = potential(SMALL)
     dynamics = MolecularDynamics(broken, crystals()[:2])
     dynamics.run(2)
     with torch.no_grad():
