@@ -81,6 +81,8 @@ def fixed_in_files(
 
 def _may_hold_atoms(path: Path) -> bool:
     """Tell whether a file is of a kind that has constraints."""
+    if ".cif" in path.suffixes:
+        return False
     try:
         kind = detect_format(path)
         if kind == "extxyz" and path.suffix != ".gz":

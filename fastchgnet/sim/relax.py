@@ -133,16 +133,19 @@ class Relaxation:
         self._fill()
         failed: list[Relaxed] = []
         while len(self._state):
+            short_of_memory = False
             try:
                 force, numbers = self._evaluate()
             except Unsound as error:
                 failed += self._leave(error.reasons)
             except torch.OutOfMemoryError:
-                failed += self._park()
+                short_of_memory = True  # the error holds what the step had taken, until it is forgotten
             else:
                 self._record(numbers)
                 self._move(force)
                 return failed + self._leave(self._ends(numbers))
+            if short_of_memory:
+                failed += self._park()
         return failed
 
     def _evaluate(self) -> tuple[Vector, NDArray[np.float64]]:
