@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms, units
+from ase.constraints import FixAtoms, FixedPlane
 from ase.md.verlet import VelocityVerlet
 from crystals import PAIR, benzene, crystals, potential
 from torch import Tensor
@@ -108,6 +109,36 @@ def test_masses_of_the_crystals(model) -> None:
     assert start.temperature == pytest.approx(300.0)
 
 
+def test_held_atoms_stay_where_they_are(model) -> None:
+    """As with ASE, whose FixAtoms the crystals bring along; other constraints are refused."""
+    atoms = crystals()[1]
+    atoms.set_constraint(FixAtoms([0, 3]))
+    for settings in (Settings(), NVT):
+        dynamics = MolecularDynamics(model, [atoms, crystals()[0]], 300.0, settings)
+        start, _ = dynamics.snapshots()
+        assert dynamics.bath.n_free.tolist() == [9, 3] and start.temperature == pytest.approx(300.0)
+        dynamics.run(10)
+        end, _ = dynamics.snapshots()
+        moved = np.abs(end.atoms.positions - start.atoms.positions).max(1) > 0
+        assert moved.tolist() == [False, True, True, False, True]
+        if settings.ensemble == "nve":
+            other = start.atoms.copy()
+            other.calc = FastCHGNetCalculator(model)
+            VelocityVerlet(other, timestep=1 * units.fs).run(10)
+            np.testing.assert_allclose(end.atoms.positions, other.positions, atol=1e-9)
+    atoms.set_velocities(np.ones((5, 3)) * 0.01)
+    (given,) = MolecularDynamics(model, [atoms], settings=Settings(velocities="given")).snapshots()
+    assert (given.atoms.get_velocities() == 0).all(1).tolist() == [True, False, False, True, False]
+    with pytest.raises(InputError, match="structure 0: npt moves all atoms, but some are held"):
+        MolecularDynamics(model, [atoms], 300.0, NPT)
+    atoms.set_constraint(FixAtoms(range(5)))
+    with pytest.raises(InputError, match="structure 0: all atoms are held"):
+        MolecularDynamics(model, [atoms])
+    atoms.set_constraint(FixedPlane(0, [1, 0, 0]))
+    with pytest.raises(InputError, match="only FixAtoms is known, not FixedPlane"):
+        MolecularDynamics(model, [atoms])
+
+
 def two_in_one_place() -> Atoms:
     return Atoms("H2", [[0, 0, 0], [0.1, 0, 0]], cell=[8] * 3, pbc=True)
 
@@ -186,7 +217,7 @@ def test_crystals_that_make_no_sense(model) -> None:
     for kelvin in (0.0, -5.0, float("nan")):
         with pytest.raises(InputError, match="temperature must be above zero"):
             MolecularDynamics(model, crystals()[:1], kelvin)
-    with pytest.raises(InputError, match="structure 1 has fewer"):
+    with pytest.raises(InputError, match="structure 1: npt needs three periodic directions"):
         MolecularDynamics(model, [crystals()[0], benzene()], 300.0, NPT)
     with pytest.raises(InputError, match="2 temperatures for 1 crystals"):
         MolecularDynamics(model, crystals()[:1], [1.0, 2.0])

@@ -19,6 +19,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from ase.constraints import FixAtoms
 from crystals import benzene, crystals, potential
 from safetensors.torch import load_file
 
@@ -178,7 +179,20 @@ def test_velocities_of_a_file(cli: Cli) -> None:
     start = ase.io.read(next(Path("second").glob("000*.extxyz")), 0)
     np.testing.assert_allclose(start.get_velocities(), ase.io.read("end.xyz").get_velocities(), atol=1e-7)
     ran = cli("two.xyz", "--out", "third", *more)
-    assert ran.status == 2 and ran.lines == ["error: two.xyz:0: has no velocities to start with"]
+    lines = [f"error: two.xyz:{n}: has no velocities to start with" for n in (0, 1)]
+    assert ran.status == 2 and ran.lines == lines
+    assert cli("two.xyz", "end.xyz", "--out", "fourth", *more).status == 1
+
+
+def test_atoms_that_a_file_holds_do_not_move(cli: Cli) -> None:
+    slab = crystals()[1]
+    slab.set_constraint(FixAtoms([0, 1]))
+    ase.io.write("slab.xyz", slab)
+    (row,) = json.loads(cli("slab.xyz", "--out", "run", "--steps", 4, "--interval", 2, "--json").out)
+    for atoms in ase.io.read(row["trajectory"], ":"):
+        np.testing.assert_allclose(atoms.positions[:2], slab.positions[:2], rtol=0, atol=1e-8)  # 8 digits
+        assert atoms.constraints[0].get_indices().tolist() == [0, 1]
+    assert np.abs(atoms.positions[2:] - slab.positions[2:]).min(1).max() > 1e-4
 
 
 def test_a_molecule_runs_without_a_volume(cli: Cli) -> None:
@@ -187,7 +201,10 @@ def test_a_molecule_runs_without_a_volume(cli: Cli) -> None:
     assert row["mean_pressure_gpa"] is None and row["mean_temperature_k"] > 0
     assert np.isnan(read_log(Path(row["log"]))["volume_a3"]).all()
     ran = cli("benzene.xyz", "--out", "npt", "--ensemble", "npt")
-    assert ran.status == 2 and "three periodic directions" in ran.lines[0]
+    assert ran.status == 2
+    assert ran.lines == ["error: benzene.xyz:0: npt needs three periodic directions"]
+    ran = cli("benzene.xyz", "two.xyz", "--out", "npt", "--ensemble", "npt", "--steps", 2, "--json")
+    assert ran.status == 1 and len(json.loads(ran.out)) == 2
 
 
 def test_what_cannot_be_read_is_listed_and_the_rest_runs(cli: Cli) -> None:

@@ -10,9 +10,11 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from ase import Atoms, units
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastchgnet.errors import InputError
+from fastchgnet.sim.constraints import fixed_atoms
 from fastchgnet.sim.integrators import (
     Bath,
     Step,
@@ -37,6 +39,9 @@ _STEPS: dict[tuple[Ensemble, Thermostat], Step] = {
 }
 
 MAX_SEED = 2**63 - 1
+
+HELD_MASS = 1e300
+"""Mass of atoms that constraints hold: no force moves them, and sums with it stay finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,39 +91,52 @@ class Settings:
         return self.step is langevin
 
 
+def held_atoms(atoms: Atoms, settings: Settings, source: str) -> NDArray[np.bool_]:
+    """Tell which atoms of a crystal are held, [n].
+
+    Raises:
+        InputError: the crystal cannot move as the settings say; names `source`.
+    """
+    held = fixed_atoms(atoms, source)
+    if held.all():
+        raise InputError(f"{source}: {'all atoms are held' if len(held) else 'no atoms'}")
+    if settings.ensemble == "npt" and not atoms.pbc.all():
+        raise InputError(f"{source}: npt needs three periodic directions")
+    if settings.ensemble == "npt" and held.any():
+        raise InputError(f"{source}: npt moves all atoms, but some are held")
+    return held
+
+
 def make_bath(
     crystals: Sequence[Atoms], temperature: Sequence[float], settings: Settings, device: torch.device | str
 ) -> Bath:
     """Gather masses and surroundings of crystals at their temperatures, K.
 
     A crystal has three degrees of freedom fewer than coordinates, since its centre of mass rests; one atom
-    has three.
+    has three. Where ASE's FixAtoms holds atoms, all others are free.
 
     Raises:
-        InputError: a temperature that is not above zero, a crystal without atoms or, where the pressure shall
-            be kept, without a periodic cell.
+        InputError: a temperature that is not above zero, or as `held_atoms`.
     """
     n_atoms = [len(atoms) for atoms in crystals]
-    if 0 in n_atoms:
-        raise InputError(f"structure {n_atoms.index(0)}: no atoms")
     for kelvin in temperature:
         if not 0 < kelvin < math.inf:
             raise InputError(f"the temperature must be above zero: {kelvin:g} K")
-    if settings.ensemble == "npt":
-        for number, atoms in enumerate(crystals):
-            if not atoms.pbc.all():
-                raise InputError(f"npt needs three periodic directions: structure {number} has fewer")
+    held = [held_atoms(atoms, settings, f"structure {number}") for number, atoms in enumerate(crystals)]
+    whole = [len(mask) > 1 and not mask.any() for mask in held]  # those whose centre of mass rests
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device)
 
-    masses = [atoms.get_masses() for atoms in crystals]
+    masses = [np.where(mask, HELD_MASS, one.get_masses()) for one, mask in zip(crystals, held, strict=True)]
     pressure = settings.pressure * GPA if settings.ensemble == "npt" else 0.0
     count = torch.tensor(n_atoms, dtype=torch.int64)
     return Bath(
         mass=torch.from_numpy(np.concatenate([np.zeros(0), *masses]))[:, None].to(device),
-        hold=column([1 / mass.sum() if len(mass) > 1 else 0.0 for mass in masses])[:, None],
-        n_free=column([3 * n - 3 if n > 1 else 3 for n in n_atoms]),
+        hold=column([1 / mass.sum() if rests else 0.0 for mass, rests in zip(masses, whole, strict=True)])[
+            :, None
+        ],
+        n_free=column([3 * (~mask).sum() - 3 * rests for mask, rests in zip(held, whole, strict=True)]),
         kT=column([units.kB * kelvin for kelvin in temperature]),
         pressure=column([pressure] * len(crystals)),
         atom_system=torch.arange(len(crystals)).repeat_interleave(count).to(device),
@@ -143,7 +161,7 @@ def random_velocities(normal: Tensor, bath: Bath) -> Tensor:
 
 
 def given_velocities(crystals: Sequence[Atoms], bath: Bath) -> Tensor:
-    """Take the velocities of crystals as ASE holds them, but for that of the centre of mass.
+    """Take the velocities of crystals as ASE has them, but for that of the centre of mass and of held atoms.
 
     Raises:
         InputError: a crystal has none.
@@ -151,7 +169,8 @@ def given_velocities(crystals: Sequence[Atoms], bath: Bath) -> Tensor:
     for number, atoms in enumerate(crystals):
         if not atoms.has("momenta"):
             raise InputError(f"structure {number} has no velocities to start with")
-    return at_rest(torch.from_numpy(np.concatenate([atoms.get_velocities() for atoms in crystals])), bath)
+    given = torch.from_numpy(np.concatenate([atoms.get_velocities() for atoms in crystals]))
+    return at_rest(torch.where(bath.mass < HELD_MASS, given.to(bath.mass.device), 0.0), bath)
 
 
 def temperature_of(kinetic: Tensor, bath: Bath) -> Tensor:

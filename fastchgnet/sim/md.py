@@ -86,7 +86,7 @@ class MolecularDynamics:
 
     Args:
         potential: the model, on the device where it shall run.
-        crystals: what moves; masses and, where the settings ask for them, velocities are theirs.
+        crystals: what moves; masses, FixAtoms and, where the settings ask for them, velocities are theirs.
         temperature: of all, or of each, K; a bath's where the ensemble has one, else that of the start.
         settings: how they move.
         record: makes recordings of steps; by default CUDA graphs on a GPU, and none elsewhere.
@@ -98,7 +98,8 @@ class MolecularDynamics:
         state: of the members.
 
     Raises:
-        InputError: a temperature that is not above zero, missing velocities, NPT without a periodic cell.
+        InputError: a temperature that is not above zero, missing velocities, constraints that are not
+            FixAtoms, NPT without a periodic cell.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class MolecularDynamics:
             position, velocity, forces, magmoms = (values[part].copy() for values in rows)
             atoms = self._crystals[number].copy()
             atoms.set_cell(cells[place])
-            atoms.set_positions(position)
+            atoms.set_positions(position, apply_constraint=False)
             atoms.set_velocities(velocity)
             energy, kinetic_of, conserved, kelvin, pressure_of, volume_of = table[place]
             made.append(
@@ -331,8 +332,9 @@ class MolecularDynamics:
 
 
 def _bare(atoms: Atoms) -> Atoms:
-    """Copy a crystal without its velocities, constraints and results."""
+    """Copy a crystal without its velocities and results."""
     bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     if atoms.has("masses"):
         bare.set_masses(atoms.get_masses())
+    bare.set_constraint(atoms.constraints)
     return bare

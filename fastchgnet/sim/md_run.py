@@ -16,6 +16,8 @@ import ase.io
 import numpy as np
 import torch
 from ase import Atoms
+from ase.constraints import FixAtoms
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -25,7 +27,8 @@ from fastchgnet.potential import Potential
 from fastchgnet.prediction import Crystal, read_crystals
 from fastchgnet.published import load
 from fastchgnet.sim.charges import DEFAULT_CHARGES, ChargeTable, read_charge_table
-from fastchgnet.sim.ensemble import Settings
+from fastchgnet.sim.constraints import fixed_atoms, fixed_in_files
+from fastchgnet.sim.ensemble import Settings, held_atoms
 from fastchgnet.sim.md import MolecularDynamics
 from fastchgnet.sim.md_files import RESTART, Member, RunFolder, file_name, fingerprint
 from fastchgnet.sim.md_report import write_report
@@ -99,15 +102,17 @@ def run_files(
         require_libraries()
     crystals, found = read_crystals(plan.files)
     errors = [str(error) for error in found]
-    if not crystals:
+    starts = _starts(crystals, plan, errors)
+    if not starts:
         return Outcome([], errors, False)
     if (plan.out / RESTART).exists() and not plan.resume:
         raise InputError(f"{plan.out}: holds a run already; --resume goes on with it")
-    starts = [_start(crystal, plan) for crystal in crystals]
-    atoms, members = _expand(crystals, starts, plan)
+    atoms, members = _expand(starts, plan)
     potential = load(model, device, dtype)
     dynamics = MolecularDynamics(potential, atoms, [one.temperature for one in members], plan.settings)
-    folder = RunFolder(plan.out, members, _options(plan, potential, starts), plan.charges)
+    folder = RunFolder(
+        plan.out, members, _options(plan, potential, [atoms for _, atoms in starts]), plan.charges
+    )
     with only_process(plan.out), stop_request() as request:
         if (plan.out / RESTART).exists():
             folder.resume(dynamics)
@@ -154,9 +159,25 @@ def _run(
     folder.save(dynamics)
 
 
-def _start(crystal: Crystal, plan: Plan) -> Atoms:
-    """Give a crystal as it starts, with its velocities where they are asked for."""
+def _starts(crystals: Sequence[Crystal], plan: Plan, errors: list[str]) -> list[tuple[Crystal, Atoms]]:
+    """Give crystals as they start; of those that cannot, append the reason to `errors`."""
+    held, starts = dict(fixed_in_files(plan.files)), []
+    for crystal in crystals:
+        try:
+            starts.append((crystal, _start(crystal, held.get((crystal.file, crystal.index)), plan)))
+        except InputError as error:
+            errors.append(str(error))
+    return starts
+
+
+def _start(crystal: Crystal, held: NDArray[np.bool_] | InputError | None, plan: Plan) -> Atoms:
+    """Give a crystal as it starts, with the atoms that are held, and its velocities where asked for."""
     atoms = crystal.as_atoms()
+    if isinstance(held, InputError):
+        raise held
+    if held is not None and held.any():
+        atoms.set_constraint(FixAtoms(mask=held))
+    held_atoms(atoms, plan.settings, f"{crystal.file}:{crystal.index}")
     if plan.charges is not None:
         try:
             plan.charges.check(atoms.numbers)
@@ -173,13 +194,11 @@ def _start(crystal: Crystal, plan: Plan) -> Atoms:
     return atoms
 
 
-def _expand(
-    crystals: Sequence[Crystal], starts: Sequence[Atoms], plan: Plan
-) -> tuple[list[Atoms], list[Member]]:
+def _expand(starts: Sequence[tuple[Crystal, Atoms]], plan: Plan) -> tuple[list[Atoms], list[Member]]:
     """Make every replica at every temperature of every crystal."""
     atoms: list[Atoms] = []
     members: list[Member] = []
-    for crystal, start in zip(crystals, starts, strict=True):
+    for crystal, start in starts:
         for kelvin in plan.temperatures:
             for replica in range(plan.replicas):
                 atoms.append(start)
@@ -201,7 +220,8 @@ def _options(plan: Plan, potential: Potential, starts: Sequence[Atoms]) -> dict[
     """All that trajectories depend on; a run may go on only with the same."""
     digest = hashlib.sha256()
     for atoms in starts:
-        for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.get_velocities()):
+        held = fixed_atoms(atoms, "")
+        for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.get_velocities(), held):
             digest.update(np.ascontiguousarray(array).tobytes())
     return {
         **dataclasses.asdict(plan.settings),
