@@ -78,6 +78,30 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [False, True]
 
 
+def test_results_never_belong_to_other_atoms() -> None:
+    """Drivers call `calculate` themselves; ASE clears results only in what it calls."""
+    model = potential(CONSERVATIVE)
+    calc = FastCHGNetCalculator(model)
+    first, second, broken = crystals()[0], crystals()[1], crystals()[2]
+    broken.positions[0] = np.nan
+    calc.calculate(first, ["forces", "stress"])
+    calc.calculate(second, ["energy"])
+    assert calc.results.keys().isdisjoint({"forces", "stress"})
+    second.calc = calc
+    np.testing.assert_allclose(second.get_forces(), run(model, second).forces, atol=1e-9)
+    with pytest.raises(InputError, match="NaN"):
+        calc.calculate(broken, ["forces"])
+    assert calc.results == {}
+
+
+def test_a_model_in_training_can_be_used() -> None:
+    model, atoms = potential(CONSERVATIVE), crystals()[0]
+    atoms.calc = FastCHGNetCalculator(model)
+    expected = run(model, atoms).forces
+    model.train()
+    np.testing.assert_allclose(atoms.get_forces(), expected, atol=1e-9)
+
+
 def test_one_calculator_serves_crystals_in_turn() -> None:
     """As a nudged elastic band with a shared one does; neighbours are those of the crystal at hand."""
     model = potential(CONSERVATIVE)

@@ -44,7 +44,7 @@ def bonds(batch: Batch) -> Counter:
         batch.bond_center.tolist(), batch.bond_neighbor.tolist(), batch.bond_image.tolist(), strict=True
     )
     return Counter(
-        min((i, j, tuple(image)), (j, i, tuple(-n for n in image))) + (u < batch.n_short_bonds,)
+        (*min((i, j, tuple(image)), (j, i, tuple(-n for n in image))), u < batch.n_short_bonds)
         for u, (i, j, image) in enumerate(rows)
     )
 
@@ -169,6 +169,25 @@ def test_energies_alone_need_no_derivative() -> None:
     assert found.forces.isnan().all() and found.stress.isnan().all()
 
 
-def test_a_negative_skin_is_refused() -> None:
-    with pytest.raises(InputError, match="skin must not be negative"):
-        MovingSystems(potential(CONSERVATIVE), systems_from_atoms(crystals()), skin=-1)
+@pytest.mark.parametrize("stage", ["find_pairs", "concatenated", "near_first", "graph_of_pairs"])
+def test_an_interrupted_step_leaves_nothing_half_done(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook, or no memory; whoever goes on gets the graph of the present geometry."""
+    model, systems = potential(CONSERVATIVE), systems_from_atoms(crystals())
+    crystals_that_move = MovingSystems(model, systems)
+    crystals_that_move.graph(systems.position, systems.cell)
+    (now,) = wander(systems, 1, length=0.5)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moving, stage, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        crystals_that_move.graph(now.position, now.cell)
+    monkeypatch.undo()
+    assert bonds(crystals_that_move.graph(now.position, now.cell)) == bonds(model.build_graph(now))
+
+
+@pytest.mark.parametrize("skin", [-1, np.nan, np.inf])
+def test_a_skin_that_is_no_width_is_refused(skin: float) -> None:
+    with pytest.raises(InputError, match="skin must be finite and not negative"):
+        MovingSystems(potential(CONSERVATIVE), systems_from_atoms(crystals()), skin)

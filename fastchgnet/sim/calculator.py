@@ -69,7 +69,9 @@ class FastCHGNetCalculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = all_changes,
     ) -> None:
-        """Evaluate `atoms` and add to `results`."""
+        """Evaluate `atoms` and add to `results`, which keep nothing of other atoms."""
+        if system_changes:  # who calls this himself has not had them cleared
+            self.results = {}
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         derivatives = not {"forces", "stress"}.isdisjoint(properties)
@@ -100,4 +102,4 @@ class FastCHGNetCalculator(Calculator):
 
 
 def _numpy(values: Tensor) -> NDArray[np.float64]:
-    return values.double().cpu().numpy()
+    return values.detach().double().cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -54,8 +55,8 @@ class MovingSystems:
     """
 
     def __init__(self, potential: Potential, systems: Systems, skin: float = 0.5) -> None:
-        if not skin >= 0:
-            raise InputError(f"a skin must not be negative: {skin}")
+        if not 0 <= skin < math.inf:
+            raise InputError(f"a skin must be finite and not negative: {skin}")
         self.potential = potential
         self.skin = skin
         self.systems = systems.to(potential.device)
@@ -102,8 +103,10 @@ class MovingSystems:
         ranges = near.to(torch.int8) + short
         if self._batch is None or self._ranges is None or not torch.equal(ranges, self._ranges):
             is_first = self._batch is None
-            self._order, self._ranges = near_first(near, short)[0], ranges
+            self._ranges = None  # Ctrl-C below must not leave the ranges of one graph beside another
+            self._order = near_first(near, short)[0]
             self._batch = graph_of_pairs(self.systems, pairs, vector, near, short)
+            self._ranges = ranges
             if is_first:
                 warn_of_lone_atoms(self._batch, config.atom_cutoff)
             return self._batch
@@ -140,6 +143,7 @@ class MovingSystems:
         inverse = np.array([np.linalg.inv(box) for box in boxes]).reshape(-1, 3, 3)
         if self._pairs is None:
             self._position, self._cell = self.systems.position.clone(), self.systems.cell.clone()
+        self._pairs = self._ranges = None  # after Ctrl-C below all systems are searched anew
         for index, found in zip(stale, find_pairs(some, cutoff), strict=True):
             self._found[index] = _sorted(found)
         chosen = torch.tensor(stale, device=device)
@@ -148,9 +152,9 @@ class MovingSystems:
         self._cell[chosen] = self.systems.cell[chosen]
         self._inverse[chosen] = torch.from_numpy(inverse).to(device)
         joined = concatenated([self._found[index] for index in range(host.n_systems)], host.n_atoms)
-        self._pairs = Pairs(*(values.to(device) for values in joined))
-        self._pair_system = self._atom_system.index_select(0, self._pairs.center)
-        self._ranges = None
+        pairs = Pairs(*(values.to(device) for values in joined))
+        self._pair_system = self._atom_system.index_select(0, pairs.center)
+        self._pairs = pairs
 
     def _refuse(self, indices: Sequence[int], host: Systems) -> None:
         """Raise Unsound where one of these systems, given on the host, is no crystal."""
