@@ -138,6 +138,7 @@ def md(
     from fastchgnet.sim.ensemble import Settings
     from fastchgnet.sim.md_report import show
     from fastchgnet.sim.md_run import Plan, charge_table_of, run_files
+    from fastchgnet.units import GPA
 
     settings = Settings(
         ensemble=ensemble,
@@ -145,7 +146,7 @@ def md(
         timestep=timestep,
         thermostat_time=thermostat_time,
         barostat_time=barostat_time,
-        pressure=pressure,
+        pressure=pressure * GPA,
         velocities=velocities,
         seed=seed,
     )

@@ -14,6 +14,7 @@ from ase import Atoms, units
 from ase.constraints import FixAtoms, FixedPlane
 from ase.md.verlet import VelocityVerlet
 from crystals import PAIR, benzene, crystals, potential
+from pymatgen.core import Structure
 from torch import Tensor
 
 from fastchgnet import FastCHGNetCalculator
@@ -21,9 +22,10 @@ from fastchgnet.config import ModelConfig
 from fastchgnet.errors import InputError
 from fastchgnet.sim.ensemble import Settings
 from fastchgnet.sim.md import MolecularDynamics
+from fastchgnet.units import GPA
 
 NVT = Settings(ensemble="nvt", thermostat="langevin", timestep=2.0)
-NPT = Settings(ensemble="npt", timestep=2.0, pressure=1.0, barostat_time=100.0)
+NPT = Settings(ensemble="npt", timestep=2.0, pressure=1.0 * GPA, barostat_time=100.0)
 SMALL = ModelConfig(atom_cutoff=4.0, n_radial=5, n_angular=5, readout_hidden=(16,))
 ALL = (Settings(), Settings(ensemble="nvt"), NVT, NPT)
 
@@ -137,6 +139,19 @@ def test_held_atoms_stay_where_they_are(model) -> None:
     atoms.set_constraint(FixedPlane(0, [1, 0, 0]))
     with pytest.raises(InputError, match="only FixAtoms is known, not FixedPlane"):
         MolecularDynamics(model, [atoms])
+
+
+def test_structures_of_pymatgen(model) -> None:
+    atoms = crystals()[1]
+    structure = Structure(atoms.cell.array, atoms.numbers, atoms.positions, coords_are_cartesian=True)
+    structure.add_site_property("selective_dynamics", [[False] * 3] + [[True] * 3] * 4)
+    atoms.set_constraint(FixAtoms([0]))
+    ours, pymatgens = MolecularDynamics(model, [atoms]), MolecularDynamics(model, [structure])
+    for dynamics in (ours, pymatgens):
+        dynamics.run(3)
+    np.testing.assert_allclose(positions(pymatgens)[0], positions(ours)[0], rtol=0, atol=1e-9)
+    with pytest.raises(InputError, match="structure 0 has no velocities"):
+        MolecularDynamics(model, [structure], settings=Settings(velocities="given"))
 
 
 def two_in_one_place() -> Atoms:

@@ -38,7 +38,7 @@ ALL = (
     Settings(ensemble="nve"),
     Settings(ensemble="nvt"),
     Settings(ensemble="nvt", thermostat="langevin"),
-    Settings(ensemble="npt", pressure=1.0),
+    Settings(ensemble="npt", pressure=1.0 * GPA),
 )
 
 
@@ -135,7 +135,7 @@ def test_npt_is_ases(monkeypatch: pytest.MonkeyPatch) -> None:
     """As above; the barostat's first thermostat has the mass of its one degree of freedom, ASE's has nine."""
     monkeypatch.setattr(ase_chain, "FOURTH_ORDER_COEFFS", [1.0])
     atoms = crystals()[0]
-    run = Run([atoms], Settings(ensemble="npt", pressure=2.0, barostat_time=300.0))
+    run = Run([atoms], Settings(ensemble="npt", pressure=2.0 * GPA, barostat_time=300.0))
     run.bath = all_free(run.bath, len(atoms))
     other = as_in_ase(run, atoms)
     times = {"tdamp": 100 * units.fs, "pdamp": 300 * units.fs}
@@ -262,7 +262,7 @@ def test_nose_hoover_keeps_the_temperature() -> None:
 
 def test_npt_keeps_the_pressure() -> None:
     """0.1 GPa, where replicas differ by 0.05; as above, the barostat has a memory."""
-    run = hot_replicas(Settings(ensemble="npt", pressure=3.0, barostat_time=100.0))
+    run = hot_replicas(Settings(ensemble="npt", pressure=3.0 * GPA, barostat_time=100.0))
     found = torch.stack([pressure(state, run.bath) for state in run.take(1500)])
     assert found.mean().item() / GPA == pytest.approx(3.0, abs=0.1)
     assert found.std().item() / GPA > 0.5

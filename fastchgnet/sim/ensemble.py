@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from fastchgnet.sim.integrators import (
     nose_hoover,
     velocity_verlet,
 )
-from fastchgnet.units import GPA
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
 
 Ensemble = Literal["nve", "nvt", "npt"]
 Thermostat = Literal["nose-hoover", "langevin"]
@@ -46,7 +48,7 @@ HELD_MASS = 1e300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How crystals move, in the units in which people say it.
+    """How crystals move.
 
     Raises:
         InputError: a setting that makes no sense, by name.
@@ -57,7 +59,7 @@ class Settings:
     timestep: float = 1.0  # fs
     thermostat_time: float = 100.0  # fs; of Langevin's thermostat 1 / friction
     barostat_time: float = 1000.0  # fs
-    pressure: float = 0.0  # GPa
+    pressure: float = 0.0  # eV/A^3
     velocities: Velocities = "random"  # the first: drawn from the seed, or those of the crystals
     seed: int = 0
 
@@ -74,7 +76,7 @@ class Settings:
                     f"the {name.replace('_', ' ')} must be greater than zero: {getattr(self, name):g} fs"
                 )
         if not math.isfinite(self.pressure):
-            raise InputError(f"the pressure must be a number: {self.pressure} GPa")
+            raise InputError(f"the pressure must be a number: {self.pressure}")
         if not 0 <= self.seed <= MAX_SEED:
             raise InputError(f"the seed must be between 0 and 2^63 - 1: {self.seed}")
         if (self.ensemble, self.thermostat) not in _STEPS:
@@ -129,7 +131,7 @@ def make_bath(
         return torch.tensor(values, dtype=torch.float64, device=device)
 
     masses = [np.where(mask, HELD_MASS, one.get_masses()) for one, mask in zip(crystals, held, strict=True)]
-    pressure = settings.pressure * GPA if settings.ensemble == "npt" else 0.0
+    pressure = settings.pressure if settings.ensemble == "npt" else 0.0
     count = torch.tensor(n_atoms, dtype=torch.int64)
     return Bath(
         mass=torch.from_numpy(np.concatenate([np.zeros(0), *masses]))[:, None].to(device),
@@ -160,16 +162,18 @@ def random_velocities(normal: Tensor, bath: Bath) -> Tensor:
     return velocity * scale.index_select(0, bath.atom_system)[:, None]
 
 
-def given_velocities(crystals: Sequence[Atoms], bath: Bath) -> Tensor:
+def given_velocities(crystals: Sequence[Atoms | Structure], bath: Bath) -> Tensor:
     """Take the velocities of crystals as ASE has them, but for that of the centre of mass and of held atoms.
 
     Raises:
         InputError: a crystal has none.
     """
+    rows = []
     for number, atoms in enumerate(crystals):
-        if not atoms.has("momenta"):
+        if not (isinstance(atoms, Atoms) and atoms.has("momenta")):
             raise InputError(f"structure {number} has no velocities to start with")
-    given = torch.from_numpy(np.concatenate([atoms.get_velocities() for atoms in crystals]))
+        rows.append(atoms.get_velocities())
+    given = torch.from_numpy(np.concatenate(rows))
     return at_rest(torch.where(bath.mass < HELD_MASS, given.to(bath.mass.device), 0.0), bath)
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from numpy.typing import NDArray
 
 from fastchgnet.errors import InputError
 from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.potential import Potential
 from fastchgnet.sim.calculator import DIRECT
+from fastchgnet.sim.constraints import fixed_atoms
 from fastchgnet.sim.ensemble import (
     Settings,
     given_velocities,
@@ -37,6 +39,9 @@ from fastchgnet.sim.noise import Noise
 from fastchgnet.sim.recorded import MAX_TEMPERATURE, RecordedSteps
 from fastchgnet.train.record import CudaGraphs, Record
 from fastchgnet.units import VOIGT
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
 
 _DEFAULTS = Settings()
 
@@ -86,7 +91,8 @@ class MolecularDynamics:
 
     Args:
         potential: the model, on the device where it shall run.
-        crystals: what moves; masses, FixAtoms and, where the settings ask for them, velocities are theirs.
+        crystals: ase Atoms or pymatgen Structures; masses, held atoms and, where the settings ask for
+            them, velocities are theirs.
         temperature: of all, or of each, K; a bath's where the ensemble has one, else that of the start.
         settings: how they move.
         record: makes recordings of steps; by default CUDA graphs on a GPU, and none elsewhere.
@@ -105,7 +111,7 @@ class MolecularDynamics:
     def __init__(
         self,
         potential: Potential,
-        crystals: Sequence[Atoms],
+        crystals: Sequence[Atoms | Structure],
         temperature: float | Sequence[float] = 300.0,
         settings: Settings = _DEFAULTS,
         record: Record | None = None,
@@ -117,8 +123,7 @@ class MolecularDynamics:
             warnings.warn(DIRECT, stacklevel=2)
         self.potential, self.settings = potential, settings
         self._record = CudaGraphs() if record is None and potential.device.type == "cuda" else record
-        systems_from_atoms(crystals)  # refuses what is none
-        self._crystals = {number: _bare(atoms) for number, atoms in enumerate(crystals)}
+        self._crystals = dict(enumerate(_bare(crystals)))
         self._temperature = dict(enumerate(each))
         self.lost: list[Lost] = []
         self.n_steps = 0
@@ -215,7 +220,7 @@ class MolecularDynamics:
         self._noise = Noise(self.settings.seed, stream, place)
         self._recorded: RecordedSteps | None = None
 
-    def _first_state(self, crystals: Sequence[Atoms]) -> State:
+    def _first_state(self, crystals: Sequence[Atoms | Structure]) -> State:
         """The state before the first step, but for what the potential says of it."""
         device = self.potential.device
         systems, none = (
@@ -331,10 +336,21 @@ class MolecularDynamics:
         self._gather([self.members[place] for place in kept])
 
 
-def _bare(atoms: Atoms) -> Atoms:
-    """Copy a crystal without its velocities and results."""
-    bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    if atoms.has("masses"):
-        bare.set_masses(atoms.get_masses())
-    bare.set_constraint(atoms.constraints)
-    return bare
+def _bare(structures: Sequence[Atoms | Structure]) -> list[Atoms]:
+    """Copy crystals without their velocities and results, but with masses and held atoms.
+
+    Raises:
+        InputError: as `systems_from_atoms` and `fixed_atoms`.
+    """
+    systems, made = systems_from_atoms(structures), []
+    per_atom = (systems.atomic_number.split(systems.n_atoms), systems.position.split(systems.n_atoms))
+    parts = zip(structures, *per_atom, systems.cell, systems.pbc, strict=True)
+    for index, (structure, numbers, position, cell, pbc) in enumerate(parts):
+        atoms = Atoms(numbers.numpy(), position.numpy(), cell=cell.numpy(), pbc=pbc.numpy())
+        if isinstance(structure, Atoms) and structure.has("masses"):
+            atoms.set_masses(structure.get_masses())
+        held = fixed_atoms(structure, f"structure {index}")
+        if held.any():
+            atoms.set_constraint(FixAtoms(mask=held))
+        made.append(atoms)
+    return made
