@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from collections.abc import Callable
@@ -15,13 +16,16 @@ from ase.constraints import FixAtoms, FixedPlane
 from ase.md.verlet import VelocityVerlet
 from crystals import PAIR, benzene, crystals, potential
 from pymatgen.core import Structure
+from test_step import OnOneDevice
 from torch import Tensor
 
 from fastchgnet import FastCHGNetCalculator
 from fastchgnet.config import ModelConfig
 from fastchgnet.errors import InputError
 from fastchgnet.sim.ensemble import Settings
+from fastchgnet.sim.integrators import Bath, State
 from fastchgnet.sim.md import MolecularDynamics
+from fastchgnet.sim.noise import Noise
 from fastchgnet.units import GPA
 
 NVT = Settings(ensemble="nvt", thermostat="langevin", timestep=2.0)
@@ -305,6 +309,24 @@ def test_a_graph_that_outgrows_its_arrays_gets_new_ones(model, monkeypatch: pyte
     reference.run(4, interval=4)
     assert not dynamics.lost and dynamics.n_steps == 4
     np.testing.assert_allclose(positions(dynamics)[1], positions(reference)[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", ALL, ids=lambda s: f"{s.ensemble}-{s.thermostat}")
+def test_the_host_sees_nothing_of_a_recorded_step(model, settings: Settings) -> None:
+    """On the meta device what needs a value fails."""
+    dynamics = MolecularDynamics(model, crystals(), 300.0, settings, CalledAgain())
+    dynamics.run(2)
+    recorded, bath = dynamics._recorded, dynamics.bath
+    assert recorded is not None and recorded._state is not None
+    recorded._potential = copy.deepcopy(model).to("meta")
+    recorded._bath = Bath(*(v.to("meta") if isinstance(v, Tensor) else v for v in bath))
+    recorded._state = State(*(v.to("meta") for v in recorded._state))
+    recorded._systems = recorded._systems.to("meta")
+    recorded._is_sound = recorded._is_sound.to("meta")
+    atom = torch.arange(len(bath.mass), device="meta")
+    noise = Noise(0, atom, atom)
+    with OnOneDevice():
+        assert recorded._once("step", [noise.at(5) if settings.draws else atom[:0]]).shape == ()
 
 
 def test_memory_does_not_grow_with_steps(model) -> None:
