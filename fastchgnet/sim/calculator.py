@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.potential import Potential
 from fastchgnet.published import load
 from fastchgnet.sim.moving import MovingSystems
+from fastchgnet.train.record import CudaGraphs
 
 DIRECT = (
     "the forces of a model with a direct readout are no derivatives of its energy: dynamics do not conserve "
@@ -98,7 +99,12 @@ class FastCHGNetCalculator(Calculator):
         return self._crystal.evaluate(position.to(device), cell.to(device), derivatives)
 
     def _new(self, atoms: Atoms) -> MovingSystems:
-        return MovingSystems(self.potential, systems_from_atoms([atoms]), self.skin)
+        record = CudaGraphs() if self.potential.device.type == "cuda" else None
+        return MovingSystems(self.potential, systems_from_atoms([atoms]), self.skin, record)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is found again, and what no copy of a calculator could share."""
+        return self.__dict__ | {"_crystal": None}
 
 
 def _numpy(values: Tensor) -> NDArray[np.float64]:

@@ -26,6 +26,8 @@ from fastchgnet.neighbors import (
 )
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import flaws
+from fastchgnet.sim.fixed import MAX_CANDIDATES, FixedSystems, RecordedSystems, n_candidates
+from fastchgnet.train.record import Record
 
 
 class Unsound(InputError):
@@ -52,13 +54,19 @@ class MovingSystems:
         potential: the model, on the device where it shall run.
         systems: the crystals, on the host; soundness is checked when they are given a geometry.
         skin: width beyond the cutoff, A.
+        record: makes recordings of evaluations, for crystals that stay together for long; their graphs are
+            then built on the device in every step, until one outgrows its room or there is a fault.
     """
 
-    def __init__(self, potential: Potential, systems: Systems, skin: float = 0.5) -> None:
+    def __init__(
+        self, potential: Potential, systems: Systems, skin: float = 0.5, record: Record | None = None
+    ) -> None:
         if not 0 <= skin < math.inf:
             raise InputError(f"a skin must be finite and not negative: {skin}")
         self.potential = potential
         self.skin = skin
+        self._record = record
+        self._recorded: RecordedSystems | None = None
         self.systems = systems.to(potential.device)
         self._atom_system = systems.atom_system.to(potential.device)
         self._found: dict[int, Pairs] = {}
@@ -76,7 +84,18 @@ class MovingSystems:
 
         Without `derivatives` forces and stress are NaN.
         """
-        return self.potential(self.graph(position, cell), derivatives)
+        if self._recorded is not None and derivatives:
+            if (output := self._recorded.evaluate(position, cell)) is not None:
+                self.systems = replace(self.systems, position=position, cell=cell)
+                return output
+            self._recorded = None
+        comes_back = self._batch is not None
+        batch = self.graph(position, cell)
+        if self._record is not None and comes_back:
+            host = self.systems.to("cpu")
+            if n_candidates(self.potential, host) <= MAX_CANDIDATES:
+                self._recorded = RecordedSystems(FixedSystems(self.potential, host, batch), self._record)
+        return self.potential(batch, derivatives)
 
     def graph(self, position: Tensor, cell: Tensor) -> Batch:
         """Build the graph at positions [A, 3] and cells [S, 3, 3], float64, on the potential's device.
