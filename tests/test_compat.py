@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
 from ase.units import GPa
 from crystals import CONSERVATIVE, potential, rattled
 from pymatgen.io.ase import AseAtomsAdaptor
@@ -168,7 +168,7 @@ def test_a_bad_checkpoint_is_refused_in_one_line(
 
 
 def test_what_cannot_be_honoured_is_refused(ours: compat.CHGNet, theirs: Any, tmp_path: Path) -> None:
-    atoms = rock_salt()
+    atoms, water = rock_salt(), molecule("H2O")
     refused: list[tuple[str, Callable[[], Any]]] = [
         ("Unknown model_name", lambda: compat.CHGNet.load(model_name="0.1.0")),
         ("cannot be read", lambda: compat.CHGNet.from_file(tmp_path / "absent.pth.tar")),
@@ -182,6 +182,18 @@ def test_what_cannot_be_honoured_is_refused(ours: compat.CHGNet, theirs: Any, tm
         ("ensemble", lambda: compat.MolecularDynamics(atoms, model=ours, ensemble="nph")),
         ("timestep=0", lambda: compat.MolecularDynamics(atoms, model=ours, timestep=0)),
         ("temperature=-1", lambda: compat.MolecularDynamics(atoms, model=ours, temperature=-1)),
+        ("taut=0", lambda: compat.MolecularDynamics(atoms, model=ours, taut=0)),
+        ("pressure must", lambda: compat.MolecularDynamics(atoms, model=ours, pressure=[1.0] * 6)),
+        ("starting", lambda: compat.MolecularDynamics(atoms, model=ours, starting_temperature=-5)),
+        ("bulk_modulus", lambda: compat.MolecularDynamics(atoms, model=ours, bulk_modulus=-5)),
+        ("three directions", lambda: compat.MolecularDynamics(water, model=ours, ensemble="npt")),
+        ("lattice vectors", lambda: compat.MolecularDynamics(water, model=ours, thermostat="Nose-Hoover")),
+        ("lattice vectors", lambda: compat.StructOptimizer(ours).relax(water, relax_cell=False)),
+        ("lattice vectors", lambda: compat.EquationOfState(ours).fit(water)),
+        ("4 parameters", lambda: compat.EquationOfState(ours).fit(atoms, n_points=3)),
+        ("batch_size=-1", lambda: ours.predict_structure([atoms], batch_size=-1)),
+        ("neither ase", lambda: ours.predict_structure(None)),
+        ("Invalid task", lambda: compat.CHGNetCalculator(ours).calculate(atoms, task="f")),
         ("fitted first", lambda: compat.EquationOfState(ours).get_bulk_modulus()),
     ]
     for reason, call in refused:

@@ -187,6 +187,13 @@ def test_other_atoms_take_over(ours: compat.CHGNet) -> None:
     assert dynamics.dyn.atoms is dynamics.atoms is other
 
 
+def test_charges_of_sites_without_moments_are_not_solved() -> None:
+    structure = lithium_manganate()
+    structure.add_site_property("magmom", [0.0, None, 0.1, 0.1])
+    with pytest.warns(UserWarning, match="Failed to solve"):
+        assert compat.solve_charge_by_mag(structure) is None
+
+
 @pytest.mark.parametrize("magmoms", [[0.0, 3.1, 0.1, 0.1], [0.0, 3.9, 0.1, 0.1], [0.0, 0.2, 0.1, 0.1]])
 def test_charges_are_solved_as_by_chgnet(chgnet: SimpleNamespace, magmoms: list[float]) -> None:
     structure = lithium_manganate()

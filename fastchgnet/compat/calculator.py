@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from ase import Atoms
 from ase.calculators.calculator import all_changes
@@ -94,7 +94,12 @@ class CHGNetCalculator(FastCHGNetCalculator):
 
         chgnet does so, and its scripts read magnetic moments from trajectories, which hold what happened
         to be computed.
+
+        Raises:
+            InputError: an unknown task, or atoms that no crystal has.
         """
+        if task not in get_args(Task):
+            raise InputError(f"Invalid task={task!r}. Must be one of {get_args(Task)}")
         atoms = atoms if atoms is not None else self.atoms
         assert atoms is not None
         wanted = ["energy", "forces"] if "f" in task else ["energy"]  # all else comes along

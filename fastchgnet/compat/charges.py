@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 from ase.data import chemical_symbols
 
 from fastchgnet.compat.structures import require_pymatgen
@@ -52,7 +53,8 @@ def solve_charge_by_mag(
     rows = {
         element: [(*limits, state) for limits, state in states.items()] for element, states in ranges.items()
     }
-    charges = ChargeTable.model_validate({"fixed": fixed, "ranges": rows}).assign(numbers, magmoms)
+    moments = np.array(magmoms, dtype=float)  # where there is none, NaN
+    charges = ChargeTable.model_validate({"fixed": fixed, "ranges": rows}).assign(numbers, moments)
     if charges is None:
         warnings.warn("Failed to solve oxidation state", stacklevel=2)
         return None

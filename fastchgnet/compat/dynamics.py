@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,7 @@ from fastchgnet.compat.calculator import CHGNetCalculator, OnIsolatedAtoms
 from fastchgnet.compat.eos import EquationOfState
 from fastchgnet.compat.model import CHGNet
 from fastchgnet.compat.relaxation import CrystalFeasObserver
-from fastchgnet.compat.structures import require_pymatgen, to_atoms, to_structure
+from fastchgnet.compat.structures import require_cell, require_pymatgen, to_atoms, to_structure
 from fastchgnet.errors import InputError
 
 try:
@@ -97,16 +98,15 @@ class MolecularDynamics:
         return_site_energies: bool = False,
         use_device: str | None = None,
     ) -> None:
-        if not (timestep > 0 and temperature >= 0):
-            raise InputError(
-                f"timestep={timestep} must be above and temperature={temperature} not below zero"
-            )
         kind = _kind(ensemble, thermostat)
+        _require_range(timestep=timestep, taut=taut, taup=taup, bulk_modulus=bulk_modulus)
+        _require_range(True, temperature=temperature, starting_temperature=starting_temperature)
         self.ensemble, self.thermostat = ensemble, thermostat
         self.trajectory, self.logfile, self.loginterval = trajectory, logfile, loginterval
         self.timestep, self.crystal_feas_logfile = timestep, crystal_feas_logfile
         self.bulk_modulus = bulk_modulus
         self.atoms = to_atoms(atoms)
+        _require_room(self.atoms, kind, pressure)
         if starting_temperature is not None:
             _draw_velocities(self.atoms, starting_temperature)
         if isinstance(model, BaseCalculator):
@@ -228,6 +228,25 @@ def _kind(ensemble: str, thermostat: str) -> tuple[str, str]:
             "Nose-Hoover, Berendsen (nvt), NPT_Berendsen (npt) or Berendsen_inhomogeneous"
         )
     return kind
+
+
+def _require_range(with_zero: bool = False, **values: float | None) -> None:
+    """Raise InputError for a value that is given and not above, or `with_zero` below, zero."""
+    for name, value in values.items():
+        if value is not None and not (0 < value < math.inf or (with_zero and value == 0)):
+            raise InputError(f"{name}={value}: must be {'at least' if with_zero else 'above'} zero")
+
+
+def _require_room(atoms: Atoms, kind: tuple[str, str], pressure: Any) -> None:
+    """Raise InputError for atoms or a pressure that the integrator cannot take."""
+    if kind[0] == "nve":
+        return
+    if kind[0] == "npt" and not atoms.pbc.all():
+        raise InputError("ensemble='npt' needs a crystal that is periodic in three directions")
+    if kind[1] == "nose-hoover":
+        require_cell(atoms, "thermostat='Nose-Hoover'")
+    elif np.ndim(pressure):
+        raise InputError("pressure must be one number, or thermostat='Nose-Hoover'")
 
 
 def _draw_velocities(atoms: Atoms, temperature: float) -> None:

@@ -19,6 +19,9 @@ from fastchgnet.units import GPA
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
+LEAST_POINTS = 4
+"""As many as the fit has parameters."""
+
 LARGEST_STRAIN = 0.1
 """Of each lattice vector, either way."""
 
@@ -71,10 +74,12 @@ class EquationOfState:
             kwargs: see there.
 
         Raises:
-            InputError: no pymatgen, or atoms that no crystal has.
+            InputError: no pymatgen, too few volumes, or atoms that no crystal has.
             EOSError: pymatgen finds no fit.
         """
         require_pymatgen()
+        if n_points < LEAST_POINTS:
+            raise InputError(f"n_points={n_points}: the fit has {LEAST_POINTS} parameters")
         from pymatgen.analysis.eos import BirchMurnaghan
 
         options = {"fmax": fmax, "steps": steps, "verbose": verbose, **kwargs}

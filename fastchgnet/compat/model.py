@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -149,12 +149,15 @@ class CHGNet(nn.Module):
         sum of those after it.
 
         Raises:
-            InputError: an unknown task, or a structure that is no crystal; see `fastchgnet.predict`.
+            InputError: an unknown task, no batch size, or a structure that is no crystal; see
+                `fastchgnet.predict`.
         """
         if task not in get_args(Task):
             raise InputError(f"Invalid task={task!r}. Must be one of {get_args(Task)}")
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: must be at least 1")
         single = hasattr(structure, "lattice") or hasattr(structure, "get_atomic_numbers")
-        structures: Any = [structure] if single else list(structure)
+        structures: Any = [structure] if single or not isinstance(structure, Iterable) else list(structure)
         record = _Record([], [])
         asked = return_atom_feas or return_crystal_feas
         with record.of(self.potential) if asked else contextlib.nullcontext():

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastchgnet.compat.calculator import CHGNetCalculator, OnIsolatedAtoms
 from fastchgnet.compat.model import CHGNet
-from fastchgnet.compat.structures import require_pymatgen, to_atoms, to_structure
+from fastchgnet.compat.structures import require_cell, require_pymatgen, to_atoms, to_structure
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 from fastchgnet.units import GPA
@@ -117,6 +117,7 @@ class StructOptimizer:
         moving = to_atoms(atoms)
         if relax_cell and not moving.pbc.all():
             raise InputError("relax_cell=True needs a crystal that is periodic in three directions")
+        require_cell(moving, "final_structure")
         moving.calc = self.calculator
         observers: list[tuple[Any, str | None]] = [(TrajectoryObserver(moving), save_path)]
         if crystal_feas_save_path:

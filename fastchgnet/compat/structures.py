@@ -22,6 +22,12 @@ def require_pymatgen() -> None:
         raise InputError(NEEDS_PYMATGEN) from error
 
 
+def require_cell(atoms: Atoms, what: str) -> None:
+    """Raise InputError where atoms lack a lattice vector; `what` needs all three."""
+    if atoms.cell.rank < 3:
+        raise InputError(f"{what} needs three lattice vectors: give the atoms a box, as by atoms.center(5.0)")
+
+
 def to_atoms(structure: Any) -> Atoms:
     """Turn a pymatgen Structure or Molecule into ase Atoms; Atoms stay the same object."""
     if isinstance(structure, Atoms):
@@ -39,6 +45,7 @@ def to_structure(atoms: Any) -> Structure:
     if not isinstance(atoms, Atoms):
         return atoms
     require_pymatgen()
+    require_cell(atoms, "a pymatgen Structure")
     from pymatgen.io.ase import AseAtomsAdaptor
 
     return AseAtomsAdaptor.get_structure(atoms)
