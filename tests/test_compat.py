@@ -148,6 +148,19 @@ def _without_a_tensor(model: dict[str, Any]) -> dict[str, Any]:
     return {"model": {**model, "state_dict": tensors}}
 
 
+def _with(name: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda model: {"model": {**model, "state_dict": {**model["state_dict"], name: value}}}
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02e.", b"\x80\x02h\x05.", b"PK\x03\x04" + bytes(100)])
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.pth.tar"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a checkpoint of tensors") as caught:
+        compat.CHGNet.from_file(path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -155,6 +168,11 @@ def _without_a_tensor(model: dict[str, Any]) -> dict[str, Any]:
         (lambda model: {"weights": model}, "no model with state_dict"),
         (_of_another_width, "atom_fea_dim is 32; this network has 64"),
         (_without_a_tensor, "do not fit this network"),
+        (_with("site_wise.weight", torch.zeros(1)), "do not fit this network"),
+        (_with("site_wise.bias", torch.tensor([torch.nan])), "site_wise.bias holds NaN"),
+        (_with("site_wise.bias", None), "'site_wise.bias' in its state_dict is no tensor"),
+        (_with("composition_model.fc.weight", torch.zeros(1, 89)), "not those of 94 elements"),
+        (lambda model: {"model": {**model, "model_args": None}}, "model_args and state_dict"),
     ],
 )
 def test_a_bad_checkpoint_is_refused_in_one_line(

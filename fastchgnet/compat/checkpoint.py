@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged pickle fails with anything
         raise InputError(
             f"{path}: not a checkpoint of tensors and plain values alone, and nothing else is loaded; "
             "with chgnet, save it anew: torch.save({'model': CHGNet.from_file(path).as_dict()}, new_path)"
@@ -72,25 +71,41 @@ def potential_of(model: Mapping[str, Any], name: str) -> Potential:
         name: what to call it in errors and in the provenance.
 
     Raises:
-        InputError: an architecture that this network does not have.
+        InputError: an architecture that this network does not have, or tensors that no model has.
     """
-    arguments, tensors = model["model_args"], dict(model["state_dict"])
+    arguments, tensors = _parts(model, name)
     for key, expected in _FIXED.items():
         found = arguments.get(key, expected)
         if found != expected:
             raise InputError(f"{name}: {key} is {found!r}; this network has {expected!r}")
-    references = tensors.pop(_COMPOSITION, torch.zeros(1, MAX_ATOMIC_NUMBER))[0].double()
+    references = tensors.pop(_COMPOSITION, torch.zeros(1, MAX_ATOMIC_NUMBER))
+    if references.shape != (1, MAX_ATOMIC_NUMBER):
+        raise InputError(f"{name}: its reference energies are not those of {MAX_ATOMIC_NUMBER} elements")
     config = _config(arguments, _OUTPUT_BIAS in tensors, name)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-        potential = Potential(config, references, Provenance(name=name))
+        potential = Potential(config, references[0].double(), Provenance(name=name))
     _fill(potential, tensors, name)
     return potential.eval()
 
 
+def _parts(model: Any, name: str) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """Arguments and tensors of a model, where they are that."""
+    both = model if isinstance(model, Mapping) else {}
+    arguments, tensors = both.get("model_args"), both.get("state_dict")
+    if not (isinstance(arguments, Mapping) and isinstance(tensors, Mapping)):
+        raise InputError(f"{name}: not what as_dict of a chgnet model gives: model_args and state_dict")
+    for key, tensor in tensors.items():
+        if not (isinstance(key, str) and isinstance(tensor, Tensor)):
+            raise InputError(f"{name}: {key!r} in its state_dict is no tensor")
+        if not torch.isfinite(tensor.to_dense()).all():
+            raise InputError(f"{name}: {key} holds NaN or infinity")
+    return arguments, dict(tensors)
+
+
 def _config(arguments: Mapping[str, Any], output_bias: bool, name: str) -> ModelConfig:
     """Translate chgnet's arguments; those that are absent have its defaults, which are ours."""
-    norms = {arguments.get("gMLP_norm", "layer"), arguments.get("readout_norm", "layer")}
-    if norms not in ({"layer"}, {None}):
+    norms = [arguments.get("gMLP_norm", "layer"), arguments.get("readout_norm", "layer")]
+    if norms not in (["layer"] * 2, [None] * 2):
         raise InputError(f"{name}: gMLP_norm and readout_norm must both be 'layer' or both None")
     renamed = {
         "atom_cutoff": "atom_graph_cutoff",
@@ -102,7 +117,7 @@ def _config(arguments: Mapping[str, Any], output_bias: bool, name: str) -> Model
     }
     given = {ours: arguments[theirs] for ours, theirs in renamed.items() if theirs in arguments}
     try:
-        return ModelConfig.model_validate(given | {"norm": norms == {"layer"}, "output_bias": output_bias})
+        return ModelConfig.model_validate(given | {"norm": norms[0] is not None, "output_bias": output_bias})
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -112,6 +127,6 @@ def _fill(potential: Potential, tensors: Mapping[str, Tensor], name: str) -> Non
     """Load chgnet's tensors; each must find its place and none may lack."""
     try:
         potential.model.load_state_dict(to_our_layout(tensors))
-    except (InputError, RuntimeError, KeyError) as error:
+    except (InputError, RuntimeError, LookupError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{name}: its tensors do not fit this network ({reason})") from error

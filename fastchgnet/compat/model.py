@@ -119,11 +119,10 @@ class CHGNet(nn.Module):
         """Rebuild what chgnet's `as_dict` gives; the only way here for a model that chgnet holds in memory.
 
         Raises:
-            InputError: an architecture that this network does not have.
+            InputError: an architecture that this network does not have, or no such model.
         """
-        arguments = dct["model_args"]
-        version = version or arguments.get("version")
-        return cls(potential_of(dct, name), version, arguments.get("is_intensive", True))
+        potential, arguments = potential_of(dct, name), dct["model_args"]
+        return cls(potential, version or arguments.get("version"), arguments.get("is_intensive", True))
 
     @property
     def n_params(self) -> int:
