@@ -91,6 +91,14 @@ def test_molecules_have_no_cell(tmp_path):
     assert set(held["properties"]) == {"frame"}
 
 
+def test_frames_that_have_exploded_are_left_out(tmp_path):
+    frames = movie(bulk("Fe"), 3)
+    frames[2].positions[0, 1] = np.nan
+    text = written(tmp_path, movies={"iron": frames, "lost": frames[2:]})
+    (held,) = data(text, "movie-data")
+    assert len(held["structures"]) == 2
+
+
 def test_results_of_another_frame_are_not_shown(tmp_path):
     frames = movie(bulk("Fe"), 2)
     frames[0].calc = frames[1].calc

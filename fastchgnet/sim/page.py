@@ -93,7 +93,7 @@ def write_page(
         tables: the first one above the pictures.
         panels: curves.
         movies: the frames of each system by its name. Energies and magnetic moments that the calculators of
-            all frames hold already are shown with them.
+            all frames hold already are shown with them. A frame with NaN in it is left out.
 
     Raises:
         InputError: plotly or chemiscope is not installed, or the file cannot be written.
@@ -101,7 +101,8 @@ def write_page(
     require_libraries()
     scripts = [f"<style>{STYLE}</style>"]
     parts = [paragraphs(notes), *(_table(table) for table in tables[:1])]
-    movies = {name: frames for name, frames in movies.items() if len(frames)}
+    sound = {name: [frame for frame in frames if _is_finite(frame)] for name, frames in movies.items()}
+    movies = {name: frames for name, frames in sound.items() if frames}
     if movies:
         scripts.append(f"<script>{_script_of(*_CHEMISCOPE)}</script>")
         parts.append(_movie_section(movies))
@@ -262,6 +263,10 @@ def _movie(name: str, frames: Sequence[Atoms], kept: NDArray[np.int64]) -> dict[
         "structures": list(_structures(atoms)),
         "properties": properties,
     }
+
+
+def _is_finite(frame: Atoms) -> bool:
+    return bool(np.isfinite(frame.positions).all() and np.isfinite(frame.cell.array).all())
 
 
 def _results(frame: Atoms) -> Mapping[str, Any]:
