@@ -1,8 +1,8 @@
 """Oxidation states from magnetic moments, as chgnet's `solve_charge_by_mag` assigns them.
 
 An element either has one oxidation state, or one for each range of its magnetic moment, low <= moment < high,
-of which the first that holds it counts. The charges of a crystal are those of all its atoms, or none where one
-atom has no state; they need not add up to zero, which is for the reader to judge.
+of which the first that holds it counts. The charges of a crystal are those of all its atoms, or none where
+one atom has no state; they need not add up to zero, which is for the reader to judge.
 """
 
 from __future__ import annotations
