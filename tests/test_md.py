@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +15,7 @@ from ase.constraints import FixAtoms, FixedPlane
 from ase.md.verlet import VelocityVerlet
 from crystals import PAIR, benzene, crystals, potential
 from pymatgen.core import Structure
+from recordings import CalledAgain
 from test_step import OnOneDevice
 from torch import Tensor
 
@@ -252,23 +252,6 @@ def test_direct_models_say_once_that_energy_drifts() -> None:
         dynamics.run(2)
 
 
-class CalledAgain:
-    """A recording that calls the function again."""
-
-    def __init__(self) -> None:
-        self.n_recorded, self.n_replayed = 0, 0
-
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.n_recorded += 1
-        result = torch.ones((), dtype=torch.bool)
-
-        def replay() -> None:
-            self.n_replayed += 1
-            result.copy_(function())
-
-        return replay, result
-
-
 @pytest.mark.parametrize("settings", ALL, ids=lambda s: f"{s.ensemble}-{s.thermostat}")
 def test_recorded_steps_are_those_taken_one_by_one(model, settings: Settings) -> None:
     """1e-9: bonds come in another order."""
@@ -300,7 +283,7 @@ def test_a_fault_in_a_recorded_run_is_found(model) -> None:
 
 def test_a_graph_that_outgrows_its_arrays_gets_new_ones(model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "fastchgnet.sim.recorded._SPARE_ROWS", dict.fromkeys(("short_bonds", "long_bonds", "angles"), -0.5)
+        "fastchgnet.sim.fixed._SPARE_ROWS", dict.fromkeys(("short_bonds", "long_bonds", "angles"), -0.5)
     )
     record = CalledAgain()
     dynamics = MolecularDynamics(model, crystals(), record=record)
@@ -318,10 +301,11 @@ def test_the_host_sees_nothing_of_a_recorded_step(model, settings: Settings) -> 
     dynamics.run(2)
     recorded, bath = dynamics._recorded, dynamics.bath
     assert recorded is not None and recorded._state is not None
-    recorded._potential = copy.deepcopy(model).to("meta")
+    recorded._systems._potential = copy.deepcopy(model).to("meta")
     recorded._bath = Bath(*(v.to("meta") if isinstance(v, Tensor) else v for v in bath))
     recorded._state = State(*(v.to("meta") for v in recorded._state))
-    recorded._systems = recorded._systems.to("meta")
+    recorded._systems._systems = recorded._systems._systems.to("meta")
+    recorded._systems._inverse = recorded._systems._inverse.to("meta")
     recorded._is_sound = recorded._is_sound.to("meta")
     atom = torch.arange(len(bath.mass), device="meta")
     noise = Noise(0, atom, atom)

@@ -23,11 +23,11 @@ from fastchgnet.config import Provenance, RunConfig
 from fastchgnet.data.store import Store, write_store
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Labels
+from fastchgnet.record import Recorder
 from fastchgnet.train import loop
 from fastchgnet.train.batches import Batches
 from fastchgnet.train.loop import Trainer
 from fastchgnet.train.optim import Optimizer
-from fastchgnet.train.record import Recorder
 from fastchgnet.train.resident import ResidentFrames
 from fastchgnet.train.rooms import Room, Rooms, frame_sizes
 from fastchgnet.train.sampler import Strategy

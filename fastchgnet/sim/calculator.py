@@ -19,8 +19,8 @@ from fastchgnet.graph import Output
 from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.potential import Potential
 from fastchgnet.published import load
+from fastchgnet.record import recording_on
 from fastchgnet.sim.moving import MovingSystems
-from fastchgnet.train.record import CudaGraphs
 
 DIRECT = (
     "the forces of a model with a direct readout are no derivatives of its energy: dynamics do not conserve "
@@ -99,7 +99,7 @@ class FastCHGNetCalculator(Calculator):
         return self._crystal.evaluate(position.to(device), cell.to(device), derivatives)
 
     def _new(self, atoms: Atoms) -> MovingSystems:
-        record = CudaGraphs() if self.potential.device.type == "cuda" else None
+        record = recording_on(self.potential.device)
         return MovingSystems(self.potential, systems_from_atoms([atoms]), self.skin, record)
 
     def __getstate__(self) -> dict[str, Any]:

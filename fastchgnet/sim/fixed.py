@@ -16,7 +16,7 @@ from fastchgnet.graph import Batch, Output, Systems
 from fastchgnet.neighbors import squared_length
 from fastchgnet.padding import Capacity, rows_of
 from fastchgnet.potential import Potential
-from fastchgnet.train.record import Record, Recorder
+from fastchgnet.record import Record, Recorder
 
 _SPARE_ROWS = {"short_bonds": 0.2, "long_bonds": 0.1, "angles": 0.4}
 """Rows to spare for a graph that changes as atoms move, relative to those of now."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fastchgnet.errors import InputError
 from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.potential import Potential
+from fastchgnet.record import Record, recording_on
 from fastchgnet.sim.calculator import DIRECT
 from fastchgnet.sim.constraints import fixed_atoms
 from fastchgnet.sim.ensemble import (
@@ -26,6 +27,7 @@ from fastchgnet.sim.ensemble import (
     random_velocities,
     temperature_of,
 )
+from fastchgnet.sim.fixed import MAX_CANDIDATES, FixedSystems, n_candidates
 from fastchgnet.sim.integrators import (
     PER_ATOM,
     State,
@@ -37,7 +39,6 @@ from fastchgnet.sim.integrators import (
 from fastchgnet.sim.moving import MovingSystems, Unsound
 from fastchgnet.sim.noise import Noise
 from fastchgnet.sim.recorded import MAX_TEMPERATURE, RecordedSteps
-from fastchgnet.train.record import CudaGraphs, Record
 from fastchgnet.units import VOIGT
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class MolecularDynamics:
         if potential.config.readout == "direct":
             warnings.warn(DIRECT, stacklevel=2)
         self.potential, self.settings = potential, settings
-        self._record = CudaGraphs() if record is None and potential.device.type == "cuda" else record
+        self._record = record or recording_on(potential.device)
         self._crystals = dict(enumerate(_bare(crystals)))
         self._temperature = dict(enumerate(each))
         self.lost: list[Lost] = []
@@ -294,8 +295,11 @@ class MolecularDynamics:
                 batch = self._moving.graph(self.state.position, self.state.cell)
             except Unsound:
                 return False
-            self._recorded = RecordedSteps(self.potential, self.bath, self.settings.step, self._record)
-            self._recorded.make_room(self._moving.systems.to("cpu"), batch)
+            host = self._moving.systems.to("cpu")
+            if n_candidates(self.potential, host) > MAX_CANDIDATES:
+                return False
+            systems = FixedSystems(self.potential, host, batch)
+            self._recorded = RecordedSteps(systems, self.bath, self.settings.step, self._record)
         numbers = self._noise if self.settings.draws else None
         state = self._recorded.take(self.state, numbers, range(self.n_steps, self.n_steps + n_steps))
         if state is None:

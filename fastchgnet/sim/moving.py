@@ -26,8 +26,8 @@ from fastchgnet.neighbors import (
 )
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import flaws
+from fastchgnet.record import Record
 from fastchgnet.sim.fixed import MAX_CANDIDATES, FixedSystems, RecordedSystems, n_candidates
-from fastchgnet.train.record import Record
 
 
 class Unsound(InputError):

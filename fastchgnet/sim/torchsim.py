@@ -16,6 +16,7 @@ from torch import Tensor
 from fastchgnet.graph import Systems
 from fastchgnet.potential import Potential
 from fastchgnet.published import load
+from fastchgnet.record import recording_on
 from fastchgnet.sim.calculator import DIRECT
 from fastchgnet.sim.moving import MovingSystems
 
@@ -125,7 +126,8 @@ class FastCHGNetModel(ModelInterface):
                 pbc=state.pbc.expand(len(n_atoms), 3),
                 n_atoms=n_atoms,
             )
-            self._moving = MovingSystems(self.potential, systems.to("cpu"), self.skin)
+            record = recording_on(self.potential.device)
+            self._moving = MovingSystems(self.potential, systems.to("cpu"), self.skin, record)
             # a state may be changed in place
             self._members = tuple(tensor.clone() for tensor in members)
         return self._moving

@@ -24,11 +24,11 @@ from fastchgnet.device import pick_device, to_device
 from fastchgnet.errors import InputError
 from fastchgnet.files import only_process, write_atomically
 from fastchgnet.loss import Tally, empty_tally, tally, total_loss
+from fastchgnet.record import CudaGraphs
 from fastchgnet.train.batches import Batches, prefetch
 from fastchgnet.train.checkpoint import Progress, load_state, save_state
 from fastchgnet.train.log import RunLog, read_metrics
 from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
-from fastchgnet.train.record import CudaGraphs
 from fastchgnet.train.rooms import frame_sizes
 from fastchgnet.train.setup import (
     Frames,

@@ -17,8 +17,8 @@ from fastchgnet.loss import coefficients, empty_tally, tally
 from fastchgnet.ops.gpu.runtime import precision
 from fastchgnet.ops.huber import label_counts
 from fastchgnet.potential import Potential
+from fastchgnet.record import Record, Recorder
 from fastchgnet.train.optim import Optimizer
-from fastchgnet.train.record import Record, Recorder
 from fastchgnet.train.rooms import Room
 from fastchgnet.train.source import Item, Made, Source
 

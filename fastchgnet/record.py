@@ -38,6 +38,11 @@ class CudaGraphs:
         return graph.replay, result
 
 
+def recording_on(device: torch.device) -> Record | None:
+    """Return what records on a device, if anything does."""
+    return CudaGraphs() if device.type == "cuda" else None
+
+
 class _Recording(NamedTuple):
     inputs: list[Tensor]
     replay: Callable[[], None]
