@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,6 +254,18 @@ def test_the_calculator_gives_everything_and_scales_the_stress(ours: compat.CHGN
     assert {"forces", "stress", "magmoms", "energies", "free_energy"} <= atoms.calc.results.keys()
     np.testing.assert_allclose(in_gpa.get_stress() * GPa, atoms.get_stress(), rtol=1e-12)
     assert (atoms.calc.version, atoms.calc.device) == ("0.3.0", "cpu")
+
+
+def test_warnings_of_others_are_shown_once(ours: compat.CHGNet) -> None:
+    atoms = rock_salt()
+    atoms.calc = compat.CHGNetCalculator(ours)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            warnings.warn("of a script", stacklevel=1)
+            atoms.rattle(0.01)
+            atoms.get_forces()
+    assert len(caught) == 1
 
 
 def test_isolated_atoms_are_treated_as_asked(ours: compat.CHGNet) -> None:

@@ -187,6 +187,12 @@ def test_an_interrupted_step_leaves_nothing_half_done(stage: str, monkeypatch: p
     assert bonds(crystals_that_move.graph(now.position, now.cell)) == bonds(model.build_graph(now))
 
 
+def test_no_crystals_are_left() -> None:
+    none = systems_from_atoms([])
+    output = MovingSystems(potential(CONSERVATIVE), none).evaluate(none.position, none.cell)
+    assert [len(value) for value in output] == [0] * 5
+
+
 @pytest.mark.parametrize("skin", [-1, np.nan, np.inf])
 def test_a_skin_that_is_no_width_is_refused(skin: float) -> None:
     with pytest.raises(InputError, match="skin must be finite and not negative"):

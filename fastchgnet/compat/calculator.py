@@ -117,9 +117,11 @@ class CHGNetCalculator(FastCHGNetCalculator):
             n_isolated = len(atoms) - len({*pairs.center.tolist(), *pairs.neighbor.tolist()})
             if n_isolated:
                 raise InputError(f"{n_isolated} isolated atom(s): no neighbour within {cutoff:g} A")
+        if self.on_isolated_atoms != "ignore":
+            yield  # not in catch_warnings: it makes Python forget which warnings it has shown
+            return
         with warnings.catch_warnings():
-            if self.on_isolated_atoms == "ignore":
-                warnings.filterwarnings("ignore", message="some atoms have no neighbour")
+            warnings.filterwarnings("ignore", message="some atoms have no neighbour")
             yield
 
 

@@ -165,7 +165,7 @@ class MovingSystems:
         self._pairs = self._ranges = None  # after Ctrl-C below all systems are searched anew
         for index, found in zip(stale, find_pairs(some, cutoff), strict=True):
             self._found[index] = _sorted(found)
-        chosen = torch.tensor(stale, device=device)
+        chosen = torch.tensor(stale, dtype=torch.int64, device=device)
         moved = torch.isin(self._atom_system, chosen)
         self._position[moved] = self.systems.position[moved]
         self._cell[chosen] = self.systems.cell[chosen]
