@@ -197,3 +197,32 @@ def test_no_crystals_are_left() -> None:
 def test_a_skin_that_is_no_width_is_refused(skin: float) -> None:
     with pytest.raises(InputError, match="skin must be finite and not negative"):
         MovingSystems(potential(CONSERVATIVE), systems_from_atoms(crystals()), skin)
+
+
+def test_crystals_that_stay_keep_their_neighbours(monkeypatch) -> None:
+    model = potential(CONSERVATIVE)
+    first, second, third, fourth = crystals()
+    known = MovingSystems(model, systems_from_atoms([first, second, third]))
+    known.evaluate(known.systems.position, known.systems.cell)
+    searched = []
+
+    def counted(some: Systems, cutoff: float) -> object:
+        searched.append(some.n_systems)
+        return find_pairs(some, cutoff)
+
+    monkeypatch.setattr(moving, "find_pairs", counted)
+    exchanged = known.exchange([2, 0], systems_from_atoms([fourth]))
+    together = systems_from_atoms([third, first, fourth])
+    position = together.position + 0.01
+    output = exchanged.evaluate(position, together.cell)
+    assert searched == [1]
+    expected = MovingSystems(model, together).evaluate(position, together.cell)
+    for value, other in zip(output, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=0)
+    remaining = exchanged.exchange([1], systems_from_atoms([]))
+    alone = systems_from_atoms([first])
+    assert torch.equal(
+        remaining.evaluate(alone.position, alone.cell).forces,
+        MovingSystems(model, alone).evaluate(alone.position, alone.cell).forces,
+    )
+    assert searched == [1, 3, 0, 1]

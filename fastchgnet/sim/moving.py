@@ -71,9 +71,12 @@ class MovingSystems:
         self._atom_system = systems.atom_system.to(potential.device)
         self._found: dict[int, Pairs] = {}
         self._pairs: Pairs | None = None
-        self._position = self.systems.position  # where pairs were searched for last, of each system
-        self._cell = self.systems.cell
+        self._position = self.systems.position.clone()  # where pairs were searched for last, of each system
+        self._cell = self.systems.cell.clone()
         self._inverse = torch.zeros_like(self._cell)
+        self._is_new = torch.ones(
+            len(self._cell), dtype=torch.bool, device=potential.device
+        )  # never searched
         self._pair_system = self._atom_system[:0]
         self._ranges: Tensor | None = None  # of the pairs: far, near or short
         self._order = self._atom_system[:0]
@@ -105,12 +108,9 @@ class MovingSystems:
         """
         config = self.potential.config
         self.systems = replace(self.systems, position=position, cell=cell)
-        if self._pairs is None:
-            self._search(range(self.systems.n_systems))
-        else:
-            stale = self._stale()
-            if stale.any():
-                self._search(stale.nonzero()[:, 0].tolist())
+        stale = self._stale() | self._is_new
+        if self._pairs is None or stale.any():
+            self._search(stale.nonzero()[:, 0].tolist())
         pairs = self._pairs
         assert pairs is not None
         start, end = (position.index_select(0, atoms) for atoms in (pairs.center, pairs.neighbor))
@@ -131,6 +131,24 @@ class MovingSystems:
             return self._batch
         volume = cell_volume(cell, self.systems.pbc)
         return replace(self._batch, bond_vector=vector.index_select(0, self._order), cell=cell, volume=volume)
+
+    def exchange(self, kept: Sequence[int], joining: Systems) -> MovingSystems:
+        """Return some of these crystals, with the neighbours found for them, and others behind them.
+
+        Args:
+            kept: which of these, in their new order.
+            joining: crystals on the host.
+        """
+        joining = joining.to(self.potential.device)
+        staying = self.systems.subset(kept)
+        found = replace(self.systems, position=self._position, cell=self._cell).subset(kept)
+        new = MovingSystems(self.potential, _joined(staying, joining), self.skin)
+        new._position = torch.cat([found.position, joining.position])
+        new._cell = torch.cat([found.cell, joining.cell])
+        new._inverse[: len(kept)] = self._inverse[list(kept)]
+        new._is_new[: len(kept)] = self._is_new[list(kept)]
+        new._found = {place: self._found[index] for place, index in enumerate(kept) if index in self._found}
+        return new
 
     def _stale(self) -> Tensor:
         """Tell of which systems [S] a pair might be missing.
@@ -160,16 +178,16 @@ class MovingSystems:
         device, cutoff = self._cell.device, self.potential.config.atom_cutoff + self.skin
         boxes = map(periodic_box, some.cell.numpy(), some.pbc.numpy())
         inverse = np.array([np.linalg.inv(box) for box in boxes]).reshape(-1, 3, 3)
-        if self._pairs is None:
-            self._position, self._cell = self.systems.position.clone(), self.systems.cell.clone()
-        self._pairs = self._ranges = None  # after Ctrl-C below all systems are searched anew
+        chosen = torch.tensor(stale, dtype=torch.int64, device=device)
+        self._is_new[chosen] = True  # after Ctrl-C below these systems are searched anew
+        self._pairs = self._ranges = None
         for index, found in zip(stale, find_pairs(some, cutoff), strict=True):
             self._found[index] = _sorted(found)
-        chosen = torch.tensor(stale, dtype=torch.int64, device=device)
         moved = torch.isin(self._atom_system, chosen)
         self._position[moved] = self.systems.position[moved]
         self._cell[chosen] = self.systems.cell[chosen]
         self._inverse[chosen] = torch.from_numpy(inverse).to(device)
+        self._is_new[chosen] = False
         joined = concatenated([self._found[index] for index in range(host.n_systems)], host.n_atoms)
         pairs = Pairs(*(values.to(device) for values in joined))
         self._pair_system = self._atom_system.index_select(0, pairs.center)
@@ -179,6 +197,17 @@ class MovingSystems:
         """Raise Unsound where one of these systems, given on the host, is no crystal."""
         if found := flaws(host):
             raise Unsound({indices[index]: reason for index, reason in found.items()})
+
+
+def _joined(first: Systems, second: Systems) -> Systems:
+    """Put systems behind others."""
+    return Systems(
+        atomic_number=torch.cat([first.atomic_number, second.atomic_number]),
+        position=torch.cat([first.position, second.position]),
+        cell=torch.cat([first.cell, second.cell]),
+        pbc=torch.cat([first.pbc, second.pbc]),
+        n_atoms=first.n_atoms + second.n_atoms,
+    )
 
 
 def _sorted(pairs: Pairs) -> Pairs:

@@ -121,7 +121,9 @@ class Relaxation:
         self._first_atom = np.cumsum([0, *systems.n_atoms])
         self._parked: list[State] = []  # crystals that had to leave when memory was short
         self._paths: dict[int, list[Step]] | None = {} if keep_paths else None
-        self._regroup(self._enter_state(range(0)))
+        none = systems.subset([])
+        self._moving = MovingSystems(potential, none)
+        self._regroup(self._enter_state(range(0)), range(0), none)
 
     @property
     def finished(self) -> bool:
@@ -205,7 +207,7 @@ class Relaxation:
             return []
         leaving = np.isin(np.arange(len(self._state)), list(ends))
         gone = self._state.select(leaving)
-        self._regroup(self._state.select(~leaving))
+        self._regroup(self._state.select(~leaving), np.flatnonzero(~leaving).tolist())
         reasons = [ends[place] for place in sorted(ends)]
         return [
             self._relaxed(gone, place, step, reason)
@@ -255,7 +257,7 @@ class Relaxation:
         first = np.arange(n_systems) < n_systems // 2
         self._room = Room(self._need[self._state.index].sum() / 2, self._room.n_systems)
         self._parked.append(self._state.select(~first))
-        self._regroup(self._state.select(first))
+        self._regroup(self._state.select(first), range(n_systems // 2))
         return []
 
     def _fill(self) -> None:
@@ -277,7 +279,10 @@ class Relaxation:
         if first < self._n_entered:
             entering.append(self._enter_state(range(first, self._n_entered)))
         if entering:
-            self._regroup(State.join(*([self._state] if len(self._state) else []), *entering))
+            kept = range(len(self._state))
+            indices = [index for state in entering for index in state.index.tolist()]
+            states = [self._state] if len(self._state) else []
+            self._regroup(State.join(*states, *entering), kept, self.systems.subset(indices))
 
     def _enter_state(self, indices: Sequence[int]) -> State:
         """Make the state of some crystals that begin."""
@@ -296,14 +301,14 @@ class Relaxation:
             self._n_counted = chunk.stop
         return float(self._need[index])
 
-    def _regroup(self, state: State) -> None:
-        """Make these the crystals of the batch."""
+    def _regroup(self, state: State, kept: Sequence[int], joining: Systems | None = None) -> None:
+        """Make these the crystals of the batch: those in it that are `kept`, and others behind them."""
         self._state = state
         self._filter = state.filter(self._mode.kind, self.settings.pressure)
         self._atom_start = torch.from_numpy(np.concatenate([[0], state.n_atoms.cumsum()])).to(
             self.potential.device
         )
-        self._moving = MovingSystems(self.potential, self.systems.subset(state.index.tolist()))
+        self._moving = self._moving.exchange(kept, joining or self.systems.subset([]))
 
     def _rows(self, index: int) -> slice:
         """Where the atoms of a crystal are among all."""
