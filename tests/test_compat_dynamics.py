@@ -18,6 +18,7 @@ from pymatgen.io.ase import AseAtomsAdaptor
 from side_by_side import as_chgnet_is, chgnet_package, lithium_manganate, our_model, rock_salt, their_model
 
 from fastchgnet import compat
+from fastchgnet.compat.structures import to_structure
 from fastchgnet.errors import InputError
 
 
@@ -165,6 +166,18 @@ def test_a_crystal_without_a_minimum_gets_a_soft_barostat(ours: compat.CHGNet) -
     with pytest.warns(UserWarning, match="no bulk modulus"):
         dynamics = compat.MolecularDynamics(lone, model=calculator, ensemble="npt")
     assert dynamics.bulk_modulus == 2.0
+
+
+def test_structures_have_no_moments_of_other_atoms(ours: compat.CHGNet) -> None:
+    calculator, salt = compat.CHGNetCalculator(ours), rock_salt()
+    salt.calc = calculator
+    salt.get_potential_energy()
+    assert "final_magmom" in to_structure(salt).site_properties
+    other = bulk("NaCl", "rocksalt", a=5.6)
+    other.calc = calculator
+    assert len(to_structure(other)) == 2
+    salt.rattle(0.01)
+    assert "final_magmom" not in to_structure(salt).site_properties
 
 
 def test_features_of_the_crystal_are_logged(ours: compat.CHGNet, tmp_path: Path) -> None:

@@ -48,4 +48,6 @@ def to_structure(atoms: Any) -> Structure:
     require_cell(atoms, "a pymatgen Structure")
     from pymatgen.io.ase import AseAtomsAdaptor
 
+    if atoms.calc is not None and atoms.calc.check_state(atoms):
+        atoms = atoms.copy()  # pymatgen would take the magnetic moments of other atoms from the calculator
     return AseAtomsAdaptor.get_structure(atoms)
