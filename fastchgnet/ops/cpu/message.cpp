@@ -253,10 +253,11 @@ static void in_threads(const Inputs& in, const Outputs& out, F work) {
     std::vector<float> others((n - 1) * n_parameters);
     auto sums = [&](int64_t thread) { return thread ? &others[(thread - 1) * n_parameters] : out.parameters; };
     if (n_parameters) std::memset(out.parameters, 0, n_parameters * sizeof(float));
+    // All of a tile is written before it is read. Taken here, since what a new thread takes would be new memory.
+    const std::unique_ptr<Tile<D>[]> tiles(new Tile<D>[n]);
     in_parallel(n, [&](int64_t thread) {
-        const std::unique_ptr<Tile<D>> tile(new Tile<D>);  // all of it is written before it is read
         float* mine = n_parameters ? sums(thread) : nullptr;
-        Worker<D>(in, out, *tile, mine).run(segment(thread), segment(thread + 1), work);
+        Worker<D>(in, out, tiles[thread], mine).run(segment(thread), segment(thread + 1), work);
     });
     for (int64_t thread = 1; thread < n && n_parameters; thread++)
         for (int64_t at = 0; at < n_parameters; at++) out.parameters[at] += sums(thread)[at];
