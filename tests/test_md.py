@@ -219,8 +219,10 @@ def test_what_explodes_leaves(model) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"timestep": 0.0}, "time ?step must be greater than zero: 0 fs"),
-        ({"thermostat_time": -1.0}, "thermostat time must be greater than zero"),
+        ({"timestep": 0.0}, "timestep must be between 1e-06 and 1e.12 fs: 0"),
+        ({"thermostat_time": -1.0}, "thermostat time must be between"),
+        ({"barostat_time": 1e200}, "barostat time must be between"),
+        ({"ensemble": "nvt", "timestep": 101.0}, "must not exceed the thermostat time: 101, 100 fs"),
         ({"pressure": float("nan")}, "pressure must be a number"),
         ({"seed": -1}, "seed must be between"),
         ({"ensemble": "npt", "thermostat": "langevin"}, "npt does not run with the thermostat langevin"),

@@ -42,6 +42,9 @@ _STEPS: dict[tuple[Ensemble, Thermostat], Step] = {
 
 MAX_SEED = 2**63 - 1
 
+TIMES = (1e-6, 1e12)
+"""fs; squares of all times between these are numbers, and so are their products."""
+
 HELD_MASS = 1e300
 """Mass of atoms that constraints hold: no force moves them, and sums with it stay finite."""
 
@@ -71,9 +74,10 @@ class Settings:
                     f"{name} {getattr(self, name)!r} is none of {', '.join(map(str, get_args(kind)))}"
                 )
         for name in ("timestep", "thermostat_time", "barostat_time"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not TIMES[0] <= getattr(self, name) <= TIMES[1]:
                 raise InputError(
-                    f"the {name.replace('_', ' ')} must be greater than zero: {getattr(self, name):g} fs"
+                    f"the {name.replace('_', ' ')} must be between {TIMES[0]:g} and {TIMES[1]:g} fs: "
+                    f"{getattr(self, name):g}"
                 )
         if not math.isfinite(self.pressure):
             raise InputError(f"the pressure must be a number: {self.pressure}")
@@ -81,6 +85,12 @@ class Settings:
             raise InputError(f"the seed must be between 0 and 2^63 - 1: {self.seed}")
         if (self.ensemble, self.thermostat) not in _STEPS:
             raise InputError(f"{self.ensemble} does not run with the thermostat {self.thermostat}")
+        if self.step in (nose_hoover, martyna_tobias_klein) and self.timestep > self.thermostat_time:
+            # the chains would stop the atoms dead, and the run look sound
+            raise InputError(
+                f"the timestep must not exceed the thermostat time: {self.timestep:g}, "
+                f"{self.thermostat_time:g} fs"
+            )
 
     @property
     def step(self) -> Step:

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from fastchgnet.potential import Potential
 from fastchgnet.sim.charges import ChargeTable
 from fastchgnet.sim.integrators import State
 from fastchgnet.sim.md import Lost, MolecularDynamics, Snapshot
+from fastchgnet.sim.outputs import plain_name
 from fastchgnet.units import GPA
 
 RESTART = "restart.safetensors"
@@ -284,8 +284,7 @@ def read_log(path: Path) -> dict[str, list[float]]:
 
 def file_name(number: int, file: str, temperature: float) -> str:
     """Name the files of a crystal: its number makes it unique, the rest helps people."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(file).stem)[:60]
-    return f"{number:03d}-{stem}-{temperature:g}K"
+    return f"{number:03d}-{plain_name(Path(file).stem)}-{temperature:g}K"
 
 
 def fingerprint(potential: Potential) -> str:

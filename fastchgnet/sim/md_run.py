@@ -32,6 +32,7 @@ from fastchgnet.sim.ensemble import Settings, held_atoms
 from fastchgnet.sim.md import MolecularDynamics
 from fastchgnet.sim.md_files import RESTART, Member, RunFolder, file_name, fingerprint
 from fastchgnet.sim.md_report import write_report
+from fastchgnet.sim.outputs import check_report
 from fastchgnet.sim.page import require_libraries
 from fastchgnet.train.signals import stop_request
 
@@ -100,13 +101,13 @@ def run_files(
     """
     if plan.report is not None:
         require_libraries()
+    check_report(plan.report, plan.files)
     crystals, found = read_crystals(plan.files)
     errors = [str(error) for error in found]
     starts = _starts(crystals, plan, errors)
     if not starts:
         return Outcome([], errors, False)
-    if (plan.out / RESTART).exists() and not plan.resume:
-        raise InputError(f"{plan.out}: holds a run already; --resume goes on with it")
+    _check_out(plan)
     atoms, members = _expand(starts, plan)
     potential = load(model, device, dtype)
     dynamics = MolecularDynamics(potential, atoms, [one.temperature for one in members], plan.settings)
@@ -114,6 +115,7 @@ def run_files(
         plan.out, members, _options(plan, potential, [atoms for _, atoms in starts]), plan.charges
     )
     with only_process(plan.out), stop_request() as request:
+        _check_out(plan)  # another process may have run there in the meantime
         if (plan.out / RESTART).exists():
             folder.resume(dynamics)
         else:
@@ -127,6 +129,11 @@ def run_files(
     if plan.report is not None:
         write_report(plan.report, folder, dynamics, rows)
     return Outcome(rows, errors, bool(dynamics.members) and dynamics.n_steps < plan.steps)
+
+
+def _check_out(plan: Plan) -> None:
+    if (plan.out / RESTART).exists() and not plan.resume:
+        raise InputError(f"{plan.out}: holds a run already; --resume goes on with it")
 
 
 def _run(
@@ -185,7 +192,7 @@ def _start(crystal: Crystal, held: NDArray[np.bool_] | InputError | None, plan: 
             raise InputError(f"{crystal.file}:{crystal.index}: {error}") from None
     if plan.settings.velocities == "given":
         try:
-            read = ase.io.read(crystal.file, index=crystal.index)
+            read = ase.io.read(crystal.file, index=crystal.index, do_not_split_by_at_sign=True)
         except Exception as error:  # parsers raise exceptions of any kind
             raise InputError(f"{crystal.file}:{crystal.index}: ASE cannot read its velocities") from error
         if not (isinstance(read, Atoms) and read.has("momenta")):
@@ -221,7 +228,14 @@ def _options(plan: Plan, potential: Potential, starts: Sequence[Atoms]) -> dict[
     digest = hashlib.sha256()
     for atoms in starts:
         held = fixed_atoms(atoms, "")
-        for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.get_velocities(), held):
+        for array in (
+            atoms.numbers,
+            atoms.positions,
+            atoms.cell.array,
+            atoms.pbc,
+            atoms.get_velocities(),
+            held,
+        ):
             digest.update(np.ascontiguousarray(array).tobytes())
     return {
         **dataclasses.asdict(plan.settings),

@@ -1,0 +1,39 @@
+"""Where simulations write: names that ASE reads again, and nothing of the user's in their place."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastchgnet.errors import InputError
+
+_OTHER_FORMATS = re.compile("POSCAR|CONTCAR|CENTCAR|OUTCAR|XDATCAR|CONFIG")
+"""ASE takes a file with one of these in its name for another format, whatever its suffix."""
+
+
+def plain_name(text: str) -> str:
+    """Give a part of a file's name that file systems take, and ASE for no other format."""
+    plain = re.sub(r"[^A-Za-z0-9._+-]+", "_", text)[:60]
+    return _OTHER_FORMATS.sub(lambda found: found.group().lower(), plain)
+
+
+def check_report(path: Path | None, files: Sequence[Path]) -> None:
+    """Look before a long run whether its page can be written.
+
+    Raises:
+        InputError: it is one of the files that are read, or its folder does not take it.
+    """
+    if path is None:
+        return
+    if path.resolve() in [file.resolve() for file in files]:
+        raise InputError(f"{path}: is one of the files to read; name another --report")
+    if path.is_dir():
+        raise InputError(f"{path}: cannot be written (it is a folder)")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written (no permission)")
