@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_ase_reads_trajectories_whatever_the_file_was_called(cli: Cli, name: str
     assert [atoms.info["step"] for atoms in ase.io.read(trajectory, ":")] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("command", ["md"])
+@pytest.mark.parametrize("command", ["md", "relax"])
 def test_a_page_that_cannot_be_written_is_refused_before_the_run(cli: Cli, command: str) -> None:
     pytest.importorskip("plotly")
     ase.io.write("iron.xyz", crystals()[3])
@@ -62,3 +63,72 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_run(cli: Cli, comma
         status, lines = cli(command, "iron.xyz", "--out", "run.extxyz", "--report", page)
         assert status == 2 and len(lines) == 1 and reason in lines[0]
     assert not Path("run.extxyz").exists() and Path("iron.xyz").read_bytes() == before
+
+
+def test_every_relaxation_has_a_trajectory_that_ase_reads(cli: Cli) -> None:
+    names = ("POSCAR", "a b.xyz", "a_b.xyz", "two\nlines.xyz", "x" * 230 + ".xyz")
+    for name, atoms in zip(names, [*crystals(), crystals()[0]], strict=True):
+        ase.io.write("crystal", atoms, format="vasp" if name == "POSCAR" else "extxyz")
+        Path("crystal").rename(name)
+    out = ("--out", "out.extxyz", "--trajectory", "steps", "--fmax", 1e-6)
+    assert cli("relax", *names, "--steps", 2, *out) == (0, [])
+    paths = [ase.io.read(path, ":") for path in Path("steps").iterdir()]
+    assert sorted(str(path[0].symbols) for path in paths) == sorted(
+        str(atoms.symbols) for atoms in ase.io.read("out.extxyz", ":")
+    )
+    assert [len(path) for path in paths] == [3] * len(names)
+    # all are found again
+    assert cli("relax", *names, "--steps", 2, *out[:2], "--fmax", 1e-6) == (0, [])
+    assert len(ase.io.read("out.extxyz", ":")) == len(names)
+
+
+@pytest.mark.parametrize("where", ["--trajectory", "--out"])
+def test_a_place_that_takes_no_results_is_refused_before_they_are_there(cli: Cli, where: str) -> None:
+    ase.io.write("iron.xyz", crystals()[3])
+    Path("folder.extxyz").mkdir()
+    place = "iron.xyz" if where == "--trajectory" else "folder.extxyz"
+    status, lines = cli("relax", "iron.xyz", where, place)
+    assert status == 2 and len(lines) == 1 and f"{place}: cannot be written" in lines[0]
+    assert sorted(path.name for path in Path().iterdir()) == [
+        "folder.extxyz",
+        "iron.xyz",
+        "model.safetensors",
+        "model.safetensors.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file": "iron.xyz", "index": 0, "start": "", "crystal": "", "settings": 3, "failed": false}',
+        '{"file": ["iron.xyz"], "index": 0, "start": "", "crystal": "", "settings": {}, "failed": false}',
+        "[1]",
+        "",
+    ],
+)
+def test_lines_that_are_of_no_relaxation_are_refused(cli: Cli, line: str) -> None:
+    ase.io.write("iron.xyz", crystals()[3])
+    Path("out.jsonl").write_text(f"{line}\n")
+    status, lines = cli("relax", "iron.xyz", "--out", "out.extxyz")
+    assert (status, lines) == (
+        2,
+        ["error: out.jsonl: line 1 is not of a relaxation; name another --out"],
+    )
+    assert Path("out.jsonl").read_text() == f"{line}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("md", ["run.extxyz/.restart.safetensors"]),
+        ("relax", [".run.extxyz", ".run.jsonl", "..run.extxyz.part"]),
+    ],
+)
+def test_what_killed_processes_left_is_removed(cli: Cli, command: str, names: list[str]) -> None:
+    ase.io.write("iron.xyz", crystals()[3])
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(f"{name}.{uuid.uuid4().hex}.part").write_text("half")
+    Path(".mine.extxyz.part").write_text("of another")
+    assert cli(command, "iron.xyz", "--steps", 1, "--out", "run.extxyz") == (0, [])
+    assert [path.name for path in Path().rglob("*.part")] == [".mine.extxyz.part"]

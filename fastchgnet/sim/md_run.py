@@ -32,7 +32,7 @@ from fastchgnet.sim.ensemble import Settings, held_atoms
 from fastchgnet.sim.md import MolecularDynamics
 from fastchgnet.sim.md_files import RESTART, Member, RunFolder, file_name, fingerprint
 from fastchgnet.sim.md_report import write_report
-from fastchgnet.sim.outputs import check_report
+from fastchgnet.sim.outputs import check_report, remove_parts
 from fastchgnet.sim.page import require_libraries
 from fastchgnet.train.signals import stop_request
 
@@ -115,6 +115,7 @@ def run_files(
         plan.out, members, _options(plan, potential, [atoms for _, atoms in starts]), plan.charges
     )
     with only_process(plan.out), stop_request() as request:
+        remove_parts(plan.out / RESTART)
         _check_out(plan)  # another process may have run there in the meantime
         if (plan.out / RESTART).exists():
             folder.resume(dynamics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -17,6 +18,17 @@ def plain_name(text: str) -> str:
     """Give a part of a file's name that file systems take, and ASE for no other format."""
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "_", text)[:60]
     return _OTHER_FORMATS.sub(lambda found: found.group().lower(), plain)
+
+
+def one_line(text: str) -> str:
+    """Give a file's name as a comment of an .extxyz file can hold it: a line of printable characters."""
+    return "".join(letter if letter.isprintable() else "_" for letter in text)
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what killed processes have left of `write_atomically`; only for who has locked `path`."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.part"):
+        part.unlink(missing_ok=True)
 
 
 def check_report(path: Path | None, files: Sequence[Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from fastchgnet.files import write_atomically
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import Crystal, read_crystals, systems_from_frames
 from fastchgnet.sim.constraints import fixed_in_files
+from fastchgnet.sim.outputs import one_line, plain_name
 from fastchgnet.sim.relax import Relaxation
 from fastchgnet.sim.relax_record import Key, Record, Row, number, to_extxyz
 from fastchgnet.sim.relaxed import Relaxed, Settings
@@ -69,6 +70,16 @@ class Task:
             raise InputError(f"{self.out}: relaxed crystals are written as .extxyz")
         if self.out.resolve() in [path.resolve() for path in files]:
             raise InputError(f"{self.out}: is one of the files to relax; name another --out")
+        if self.out.is_dir():
+            raise InputError(f"{self.out}: cannot be written (it is a folder)")
+        if self.trajectory is None:
+            return
+        try:
+            self.trajectory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.trajectory}: cannot be written ({error.strerror or error})") from error
+        if not os.access(self.trajectory, os.W_OK):
+            raise InputError(f"{self.trajectory}: cannot be written (no permission)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +149,11 @@ def relax_files(potential: Potential, inputs: Inputs, task: Task, watcher: Watch
 
 def trajectory_path(folder: Path, key: Key) -> Path:
     """Return where the steps of a crystal are written."""
-    return folder / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', key[0]).lstrip('_.')}-{key[1]}.extxyz"
+    file, index = key
+    name = plain_name(file).lstrip("_.")
+    if name != file:  # another file may have the same
+        name += f"-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
+    return folder / f"{name}-{index}.extxyz"
 
 
 def _dependencies(potential: Potential, settings: Settings) -> dict[str, Any]:
@@ -224,5 +239,5 @@ def _write_path(folder: Path, key: Key, relaxed: Relaxed) -> None:
     """Write every step of a crystal."""
     frames = [step.as_atoms() for step in relaxed.path]
     for number_of_step, (atoms, fmax) in enumerate(zip(frames, relaxed.fmaxs.tolist(), strict=True)):
-        atoms.info = {"file": key[0], "index": key[1], "step": number_of_step, "fmax": fmax}
+        atoms.info = {"file": one_line(key[0]), "index": key[1], "step": number_of_step, "fmax": fmax}
     write_atomically(trajectory_path(folder, key), to_extxyz(frames))

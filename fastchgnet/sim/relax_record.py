@@ -25,6 +25,7 @@ from ase import Atoms
 
 from fastchgnet.errors import InputError
 from fastchgnet.files import lock, write_atomically
+from fastchgnet.sim.outputs import one_line, remove_parts
 
 Key = tuple[str, int]
 """File, and number of the frame in it."""
@@ -60,6 +61,8 @@ class Record:
         if not lock(self._lock):
             self._lock.close()
             raise InputError(f"{out}: another process is writing it")
+        for path in (self.out, self.lines, self._part):
+            remove_parts(path)
         try:
             self._resume(starts)
         except BaseException:
@@ -92,10 +95,9 @@ class Record:
                 break
             try:
                 row = json.loads(line)
-                known = {"file", "index", "start", "crystal", "settings"} <= row.keys()
-            except (ValueError, AttributeError):
-                known = False
-            if not known:
+            except ValueError:
+                row = None
+            if not _is_row(row):
                 raise InputError(f"{self.lines}: line {number} is not of a relaxation; name another --out")
             rows.append(row)
         return rows
@@ -119,7 +121,7 @@ class Record:
             row: what came of it, in JSON; `crystal` and `settings` are added.
             atoms: the crystal.
         """
-        atoms.info = {"file": key[0], "index": key[1], **atoms.info}
+        atoms.info = {"file": one_line(key[0]), "index": key[1], **atoms.info}
         block = to_extxyz([atoms])
         row = {**row, "crystal": _digest(block), "settings": self._settings}
         for file, text in ((self._part_file, block), (self._line_file, _line(row))):
@@ -175,6 +177,12 @@ def to_extxyz(frames: Iterable[Atoms]) -> str:
 def number(value: float) -> float | None:
     """Give a number as JSON takes it, which lacks NaN."""
     return float(value) if math.isfinite(value) else None
+
+
+def _is_row(value: Any) -> bool:
+    """Tell whether this is what `Record.add` writes."""
+    kinds = {"file": str, "index": int, "start": str, "crystal": str, "settings": dict, "failed": bool}
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def _line(row: Row) -> str:

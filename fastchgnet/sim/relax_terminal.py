@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastchgnet.published import load
 from fastchgnet.report import MISSING, Table, print_tables
+from fastchgnet.sim.outputs import check_report
 from fastchgnet.sim.page import Panel, require_libraries, write_page
 from fastchgnet.sim.relax_files import Outcome, Task, read_inputs, relax_files, trajectory_path
 from fastchgnet.sim.relax_record import Row
@@ -93,6 +94,7 @@ def relax_in_terminal(
     task.check(files)
     if report is not None:
         require_libraries()
+    check_report(report, [*files, task.out])
     inputs = read_inputs(files)
     rows: list[Row] = []
     finished = True
@@ -200,5 +202,5 @@ def _movie(outcome: Outcome, place: int, task: Task) -> list[Atoms]:
     if task.trajectory is not None and (path := trajectory_path(task.trajectory, key)).is_file():
         from ase.io import read
 
-        return list(read(path, ":"))
+        return list(read(path, ":", format="extxyz"))
     return [crystal.as_atoms(), outcome.record.crystal(key)]
