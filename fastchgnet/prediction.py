@@ -79,8 +79,11 @@ def predict(
 
     Raises:
         InputError: a structure is no crystal: empty, atoms at NaN or within 0.3 A of each other, an
-            element above Z = 94, a periodic direction without volume. Names its index and the reason.
+            element above Z = 94, a periodic direction without volume. Names its index and the reason. Or
+            the batch size is less than one.
     """
+    if batch_size < 1:
+        raise InputError(f"the batch size must be at least 1, not {batch_size}")
     systems = sound_systems(structures)
     return list(predict_systems(potential, systems, batch_size))
 

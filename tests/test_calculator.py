@@ -16,6 +16,7 @@ from crystals import CONSERVATIVE, PAIR, benzene, crystals, potential, run
 import fastchgnet
 from fastchgnet import FastCHGNetCalculator
 from fastchgnet.errors import InputError
+from fastchgnet.ops._register import feature_derivatives
 
 
 def test_results_are_the_potentials_in_ase_units() -> None:
@@ -143,3 +144,21 @@ def test_public_names() -> None:
         assert getattr(fastchgnet, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fastchgnet.nothing
+
+
+def test_calculators_in_threads_leave_training_as_it_was() -> None:
+    """Threads leave `feature_derivatives` in any order; once, parameters got no gradients from then on."""
+    model, atoms = potential(CONSERVATIVE).train(), crystals()[0]
+
+    def trained() -> list[bool]:
+        model.zero_grad()
+        run(model, atoms).forces.square().sum().backward()
+        return [parameter.grad is not None for parameter in model.parameters()]
+
+    before = trained()
+    one, other = feature_derivatives(), feature_derivatives()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    other.__exit__(None, None, None)
+    assert trained() == before

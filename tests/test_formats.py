@@ -315,6 +315,7 @@ GOOD_FRAME = next(labelled_frames(1))
         ({"cell": np.diag([4.0, 4.0, 0.0])}, "no volume"),
         ({"cell": np.array([[4.0, 0, 0], [4.0, 1e-5, 0], [0, 0, 4.0]])}, "no volume"),
         ({"cell": np.array([[4.0, 0, 0], [4.0, 0.2, 0], [0, 0, 4.0]])}, "atoms 0 and 0 overlap: 0.200 A"),
+        ({"cell": np.diag([0.75, 0.75, 0.75])}, "0.422 A^3 for each atom, the least is 0.5 A^3"),
         ({"energy": float("inf")}, "energy is infinite"),
         ({"forces": np.zeros((2, 3))}, "forces have shape"),
         ({"forces": np.array([[0.0, 0.0, np.nan]])}, "forces contain NaN"),

@@ -82,6 +82,11 @@ def moved(position: float) -> Atoms:
     return atoms
 
 
+def test_a_batch_of_none_is_refused() -> None:
+    with pytest.raises(InputError, match="batch size must be at least 1"):
+        predict(potential(SMALL), [bulk("Fe")], batch_size=0)
+
+
 @pytest.mark.parametrize(
     ("structure", "reason"),
     [

@@ -18,6 +18,12 @@ from fastchgnet.units import MAX_ATOMIC_NUMBER
 MIN_DISTANCE = 0.3
 """Atoms closer than this, A, are a broken file and not a crystal."""
 
+MIN_VOLUME = 0.5
+"""Volume of a crystal for each atom, A^3; hydrogen at the pressures inside Jupiter has more.
+
+An atom in a cell that is hardly longer than MIN_DISTANCE would have a hundred thousand neighbours.
+"""
+
 MIN_VOLUME_RATIO = 1e-4
 """Smallest volume of the periodic cell, relative to the product of its edges, that is not flat.
 
@@ -101,6 +107,9 @@ class Frame:
             return "the cell has no volume although it is periodic"
         if reason := _too_large(self.positions, self.cell, self.pbc):
             return reason
+        volume = abs(np.linalg.det(self.cell)) / len(self.numbers)
+        if self.pbc.all() and volume < MIN_VOLUME:
+            return f"{volume:.3g} A^3 for each atom, the least is {MIN_VOLUME} A^3"
         i, j, distance = _closest(self.positions, self.cell, self.pbc)
         if distance < MIN_DISTANCE:
             return f"atoms {i} and {j} overlap: {distance:.3f} A apart, the least is {MIN_DISTANCE} A"

@@ -11,6 +11,7 @@ call take a tenth of the time of evaluating a small crystal.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import compress
@@ -21,7 +22,8 @@ from torch import Tensor
 
 _Function = Callable[..., Any]
 _library = torch.library.Library("fastchgnet", "FRAGMENT")
-_feature_derivatives_only = False
+_n_feature_derivatives = 0
+_counting = threading.Lock()
 
 
 @contextmanager
@@ -31,13 +33,21 @@ def feature_derivatives() -> Iterator[None]:
     Autograd asks an op for all its derivatives at once. This spares the ones of the parameters, a third of
     the work; parameters get no gradient from a derivative taken inside.
     """
-    # One flag for the process and not for the thread: backward passes on a GPU run in a thread of their own.
-    global _feature_derivatives_only
-    before, _feature_derivatives_only = _feature_derivatives_only, True
+    # For the process and not for the thread: backward passes on a GPU run in a thread of their own. Counted,
+    # since threads that are inside at the same time leave in any order.
+    global _n_feature_derivatives
+    with _counting:
+        _n_feature_derivatives += 1
     try:
         yield
     finally:
-        _feature_derivatives_only = before
+        with _counting:
+            _n_feature_derivatives -= 1
+
+
+def feature_derivatives_only() -> bool:
+    """Tell whether parameters are left out."""
+    return _n_feature_derivatives > 0
 
 
 class Family:
@@ -164,7 +174,7 @@ class Family:
     ) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
             return (None,) * len(inputs)
-        with_parameters = not _feature_derivatives_only and any(needed[self.n_features : self.n_derivatives])
+        with_parameters = not feature_derivatives_only() and any(needed[self.n_features : self.n_derivatives])
         # nothing differentiates a derivative that is taken without gradients
         below = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         with below:

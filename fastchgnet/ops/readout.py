@@ -139,7 +139,7 @@ def _derivative(ctx: Any, by_y: Tensor | None, by_slope: Tensor | None) -> tuple
         return (None,) * 5
     features, parameters, slope = ctx.saved_tensors
     needs_features, needs_parameters, *_ = ctx.needs_input_grad
-    with_parameters = needs_parameters and not _register._feature_derivatives_only
+    with_parameters = needs_parameters and not _register.feature_derivatives_only()
     by_features: Tensor | None = None
     by_parameters: Tensor | None = None
     if with_parameters or by_slope is not None:
