@@ -291,6 +291,7 @@ def pack(sizes: NDArray[np.int64], batch_size: int) -> list[slice]:
     return [*batches, slice(start, len(sizes))] if len(sizes) else []
 
 
+@torch.inference_mode(False)  # whose tensors have no derivatives
 def predict_batch(potential: Potential, systems: Systems) -> Output:
     """Predict one batch that fits in memory, and bring the result to the host."""
     potential.eval()

@@ -162,3 +162,13 @@ def test_calculators_in_threads_leave_training_as_it_was() -> None:
     one.__exit__(None, None, None)
     other.__exit__(None, None, None)
     assert trained() == before
+
+
+def test_forces_are_the_same_in_inference_mode() -> None:
+    model, atoms = potential(CONSERVATIVE), crystals()[0]
+    expected = run(model, atoms).forces
+    with torch.inference_mode():
+        atoms.calc = FastCHGNetCalculator(model)
+        np.testing.assert_allclose(atoms.get_forces(), expected, atol=1e-12)
+        (prediction,) = fastchgnet.predict(model, [atoms])
+        np.testing.assert_allclose(prediction.forces, expected, atol=1e-12)

@@ -82,6 +82,7 @@ class MovingSystems:
         self._order = self._atom_system[:0]
         self._batch: Batch | None = None
 
+    @torch.inference_mode(False)  # whose tensors have no derivatives
     def evaluate(self, position: Tensor, cell: Tensor, derivatives: bool = True) -> Output:
         """Evaluate the crystals at positions [A, 3] and cells [S, 3, 3], float64; see `graph`.
 
