@@ -58,6 +58,7 @@ class MovingSystems:
             then built on the device in every step, until one outgrows its room or there is a fault.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, potential: Potential, systems: Systems, skin: float = 0.5, record: Record | None = None
     ) -> None:
