@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import uuid
 from collections.abc import Callable
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import ase.io
 import pytest
+import torch
 from crystals import crystals, potential
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fastchgnet.cli import main
 from fastchgnet.config import ModelConfig
@@ -132,3 +136,37 @@ def test_what_killed_processes_left_is_removed(cli: Cli, command: str, names: li
     Path(".mine.extxyz.part").write_text("of another")
     assert cli(command, "iron.xyz", "--steps", 1, "--out", "run.extxyz") == (0, [])
     assert [path.name for path in Path().rglob("*.part")] == [".mine.extxyz.part"]
+
+
+def test_a_state_that_is_not_of_the_run_is_refused(cli: Cli) -> None:
+    ase.io.write("two.xyz", crystals()[:2])
+    run = ("--steps", 4, "--interval", 2, "--out", "run")
+    assert cli("md", "two.xyz", *run) == (0, [])
+    path = Path("run/restart.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["run"])
+    before = {path.name: path.read_bytes() for path in Path("run").glob("000-*")}
+    for changed in (
+        {"options": None},
+        {"sizes": {name: -1 for name in header["sizes"]}},
+        {"members": [0, 7]},
+        {"members": [0]},
+        {"lost": [[1, 0, "why"]]},
+        {"position": tensors["position"][1:]},
+        {"velocity": tensors["velocity"].float()},
+        {"step": torch.tensor(-1)},
+        {"sums": tensors["sums"][1:]},
+    ):
+        run_part = {name: value for name, value in changed.items() if name in header}
+        tensor_part = {name: value for name, value in changed.items() if name in tensors}
+        save_file({**tensors, **tensor_part}, path, {"run": json.dumps({**header, **run_part})})
+        status, lines = cli("md", "two.xyz", *run, "--resume")
+        assert status == 2 and len(lines) == 1 and "damaged, or not the state" in lines[0]
+    save_file(tensors, path, {"run": json.dumps(header)})
+    Path("two.xyz").rename("renamed.xyz")
+    status, lines = cli("md", "renamed.xyz", *run, "--resume")
+    assert (status, lines) == (2, ["error: run: cannot go on with crystals of other names"])
+    assert before == {path.name: path.read_bytes() for path in Path("run").glob("000-*")}
+    Path("renamed.xyz").rename("two.xyz")
+    assert cli("md", "two.xyz", *run, "--resume") == (0, [])

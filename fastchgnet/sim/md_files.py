@@ -23,14 +23,17 @@ import ase.io
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import NonNegativeInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
+from fastchgnet.config import Config
+from fastchgnet.data.layout import one_line
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 from fastchgnet.potential import Potential
 from fastchgnet.sim.charges import ChargeTable
-from fastchgnet.sim.integrators import State
+from fastchgnet.sim.integrators import PER_ATOM, State
 from fastchgnet.sim.md import Lost, MolecularDynamics, Snapshot
 from fastchgnet.sim.outputs import plain_name
 from fastchgnet.units import GPA
@@ -107,6 +110,15 @@ class Sums:
     def counts(self, number: int) -> tuple[int, int]:
         """Rows, and how many of their crystals have charges."""
         return int(self.table[number, 0]), int(self.table[number, 8])
+
+
+class _Header(Config):
+    """What a saved state has beside tensors."""
+
+    options: dict[str, Any]
+    sizes: dict[str, NonNegativeInt]  # of files, bytes
+    members: list[int]
+    lost: list[tuple[int, int, str]]
 
 
 class RunFolder:
@@ -209,19 +221,29 @@ class RunFolder:
         path = self.folder / RESTART
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["run"])
+                header = _Header.model_validate_json(file.metadata()["run"])
                 state = State(*(file.get_tensor(name) for name in State._fields))
                 table = file.get_tensor("sums").numpy().copy()
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: damaged, or not the state of a run ({error})") from error
-        if differing := _difference(header["options"], self.options):
+            raise InputError(f"{path}: damaged, or not the state of a run ({one_line(error)})") from error
+        if differing := _difference(header.options, self.options):
             raise InputError(f"{self.folder}: cannot go on with other options: {differing}")
-        for name, size in header["sizes"].items():
+        numbers = range(len(self.members))
+        if set(header.sizes) != {file(n).name for n in numbers for file in (self.log, self.trajectory)}:
+            raise InputError(f"{self.folder}: cannot go on with crystals of other names")
+        n_atoms = sum(member.n_atoms for n, member in enumerate(self.members) if n in header.members)
+        if (
+            sorted([*header.members, *(lost[0] for lost in header.lost)]) != list(numbers)
+            or not _fits(state, dynamics.state, len(header.members), n_atoms)
+            or table.shape != self.sums.table.shape
+        ):
+            raise InputError(f"{path}: damaged, or not the state of this run")
+        for name, size in header.sizes.items():
             self._cut(self.folder / name, size)
-        self._sizes, self.sums = header["sizes"], Sums(table)
-        self._n_lost = len(header["lost"])
-        lost = [Lost(number, step, reason, None) for number, step, reason in header["lost"]]
-        dynamics.restore(state, header["members"], lost)
+        self._sizes, self.sums = dict(header.sizes), Sums(table)
+        self._n_lost = len(header.lost)
+        lost = [Lost(number, step, reason, None) for number, step, reason in header.lost]
+        dynamics.restore(state, header.members, lost)
 
     @staticmethod
     def _cut(path: Path, size: int) -> None:
@@ -294,6 +316,15 @@ def fingerprint(potential: Potential) -> str:
         digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _fits(state: State, like: State, n_systems: int, n_atoms: int) -> bool:
+    """Tell whether a state has the shapes and precisions of another, but for so many systems and atoms."""
+    for name, values, others in zip(State._fields, state, like, strict=True):
+        rows = [] if name == "step" else [n_atoms if name in PER_ATOM else n_systems]
+        if values.dtype != others.dtype or list(values.shape) != rows + list(others.shape[1:]):
+            return False
+    return int(state.step) >= 0
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
