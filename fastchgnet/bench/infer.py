@@ -30,12 +30,13 @@ def row(session: Session, workload: Workload, readout: str) -> Row:
     arms: dict[str, Work] = {"ours": partial(model.predict, atoms, size)}
     if session.options.chgnet:
         published, structures = reference.Inference(session.device), reference.structures_of(workload)
-        arms |= {f"chgnet_batch{n}": partial(published.predict, structures, n) for n in CHGNET_SIZES}
+        sizes_of_chgnet = [n for n in CHGNET_SIZES if n <= len(atoms)]
+        arms |= {f"chgnet_batch{n}": partial(published.predict, structures, n) for n in sizes_of_chgnet}
     samples = session.time(found, arms)
     found["ours"] |= {"batch_size": size, "counts": profiled(arms["ours"], session.device).counts}
     sizes = {"ours": size}
     if session.options.chgnet:
-        best = min(CHGNET_SIZES, key=lambda n: float(np.median(samples[f"chgnet_batch{n}"].wall)))
+        best = min(sizes_of_chgnet, key=lambda n: float(np.median(samples[f"chgnet_batch{n}"].wall)))
         name = f"chgnet_batch{best}"
         counts = profiled(arms[name], session.device).counts
         found["chgnet"] = {**found[name], "batch_size": best, "counts": counts}
