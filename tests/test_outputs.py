@@ -170,3 +170,20 @@ def test_a_state_that_is_not_of_the_run_is_refused(cli: Cli) -> None:
     assert before == {path.name: path.read_bytes() for path in Path("run").glob("000-*")}
     Path("renamed.xyz").rename("two.xyz")
     assert cli("md", "two.xyz", *run, "--resume") == (0, [])
+
+
+def test_velocities_beside_frames_that_cannot_be_read(cli: Cli) -> None:
+    moving = crystals()[3]
+    moving.set_velocities([[0.01, 0, 0]])
+    ase.io.write("good.xyz", moving)
+    good = Path("good.xyz").read_text()
+    moving.set_velocities([[float("nan"), 0, 0]])
+    ase.io.write("nan.xyz", moving)
+    torn = good.replace("Fe ", "Fe x", 1)
+    Path("all.xyz").write_text(good + torn + Path("nan.xyz").read_text() + good)
+    options = ("--velocities", "given", "--ensemble", "nve", "--steps", 1, "--out", "run")
+    status, lines = cli("md", "all.xyz", *options)
+    assert status == 1 and len(lines) == 2
+    assert lines[0].startswith("error: all.xyz:1: ")
+    assert lines[1] == "error: all.xyz:2: velocities contain NaN or infinity"
+    assert len(list(Path("run").glob("*.extxyz"))) == 2

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,16 +171,56 @@ def _run(
 def _starts(crystals: Sequence[Crystal], plan: Plan, errors: list[str]) -> list[tuple[Crystal, Atoms]]:
     """Give crystals as they start; of those that cannot, append the reason to `errors`."""
     held, starts = dict(fixed_in_files(plan.files)), []
+    moving = _as_ase_reads(crystals) if plan.settings.velocities == "given" else {}
     for crystal in crystals:
+        key = (crystal.file, crystal.index)
         try:
-            starts.append((crystal, _start(crystal, held.get((crystal.file, crystal.index)), plan)))
+            atoms = _start(crystal, held.get(key), plan)
+            if plan.settings.velocities == "given":
+                atoms.set_velocities(_velocities(crystal, moving[key]))
         except InputError as error:
             errors.append(str(error))
+        else:
+            starts.append((crystal, atoms))
     return starts
 
 
+def _as_ase_reads(crystals: Sequence[Crystal]) -> dict[tuple[str, int], Atoms | None]:
+    """Read the frames of files once more, as ASE does; None where it cannot."""
+    found: dict[tuple[str, int], Atoms | None] = {}
+    for file, group in groupby(crystals, key=lambda crystal: crystal.file):
+        indices = [crystal.index for crystal in group]
+        try:
+            frames: Any = ase.io.read(file, ":", do_not_split_by_at_sign=True)
+            found.update({(file, index): frames[index] for index in indices})
+        except Exception:  # of any kind, from ASE's parsers; the other frames may be good
+            found.update({(file, index): _frame(file, index) for index in indices})
+    return found
+
+
+def _frame(file: str, index: int) -> Atoms | None:
+    try:
+        found: Any = ase.io.read(file, index, do_not_split_by_at_sign=True)
+    except Exception:  # as above
+        return None
+    return found
+
+
+def _velocities(crystal: Crystal, read: Atoms | None) -> NDArray[np.float64]:
+    """Return the velocities that ASE has found in a file, [n, 3]."""
+    source = f"{crystal.file}:{crystal.index}"
+    if read is None or len(read) != len(crystal.frame.numbers):
+        raise InputError(f"{source}: ASE cannot read its velocities")
+    if not read.has("momenta"):
+        raise InputError(f"{source}: has no velocities to start with")
+    velocities: NDArray[np.float64] = read.get_velocities()
+    if not np.isfinite(velocities).all():
+        raise InputError(f"{source}: velocities contain NaN or infinity")
+    return velocities
+
+
 def _start(crystal: Crystal, held: NDArray[np.bool_] | InputError | None, plan: Plan) -> Atoms:
-    """Give a crystal as it starts, with the atoms that are held, and its velocities where asked for."""
+    """Give a crystal as it starts, with the atoms that are held."""
     atoms = crystal.as_atoms()
     if isinstance(held, InputError):
         raise held
@@ -191,14 +232,6 @@ def _start(crystal: Crystal, held: NDArray[np.bool_] | InputError | None, plan: 
             plan.charges.check(atoms.numbers)
         except InputError as error:
             raise InputError(f"{crystal.file}:{crystal.index}: {error}") from None
-    if plan.settings.velocities == "given":
-        try:
-            read = ase.io.read(crystal.file, index=crystal.index, do_not_split_by_at_sign=True)
-        except Exception as error:  # parsers raise exceptions of any kind
-            raise InputError(f"{crystal.file}:{crystal.index}: ASE cannot read its velocities") from error
-        if not (isinstance(read, Atoms) and read.has("momenta")):
-            raise InputError(f"{crystal.file}:{crystal.index}: has no velocities to start with")
-        atoms.set_velocities(read.get_velocities())
     return atoms
 
 
