@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import uuid
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_run(cli: Cli, comma
     before = Path("iron.xyz").read_bytes()
     Path("folder").mkdir()
     for page, reason in (
-        ("iron.xyz", "is one of the files to read"),
+        ("iron.xyz", "is another file of this command"),
         ("folder", "it is a folder"),
         ("iron.xyz/page.html", "cannot be written"),
     ):
@@ -187,3 +188,21 @@ def test_velocities_beside_frames_that_cannot_be_read(cli: Cli) -> None:
     assert lines[0].startswith("error: all.xyz:1: ")
     assert lines[1] == "error: all.xyz:2: velocities contain NaN or infinity"
     assert len(list(Path("run").glob("*.extxyz"))) == 2
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_lock(cli: Cli) -> None:
+    """The limit on the size of files stands for the disk."""
+    resource = pytest.importorskip("resource")
+    ase.io.write("iron.xyz", [crystals()[3]] * 9)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        status, lines = cli("relax", "iron.xyz", "--steps", 1, "--out", "out.extxyz")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert (status, lines) == (2, ["error: out.extxyz: cannot be written (File too large)"])
+    assert not list(Path().glob(".*.lock"))
+    assert cli("relax", "iron.xyz", "--steps", 1, "--out", "out.extxyz") == (0, [])
+    assert len(ase.io.read("out.extxyz", ":")) == 9 and not list(Path().glob(".*"))

@@ -35,12 +35,12 @@ def check_report(path: Path | None, files: Sequence[Path]) -> None:
     """Look before a long run whether its page can be written.
 
     Raises:
-        InputError: it is one of the files that are read, or its folder does not take it.
+        InputError: it is another file of the command, or its folder does not take it.
     """
     if path is None:
         return
     if path.resolve() in [file.resolve() for file in files]:
-        raise InputError(f"{path}: is one of the files to read; name another --report")
+        raise InputError(f"{path}: is another file of this command; name another --report")
     if path.is_dir():
         raise InputError(f"{path}: cannot be written (it is a folder)")
     try:

@@ -12,6 +12,7 @@ line, a line without a crystal and what a killed process has written in part do 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -120,13 +121,19 @@ class Record:
             key: which crystal.
             row: what came of it, in JSON; `crystal` and `settings` are added.
             atoms: the crystal.
+
+        Raises:
+            InputError: the disk does not take it.
         """
         atoms.info = {"file": one_line(key[0]), "index": key[1], **atoms.info}
         block = to_extxyz([atoms])
         row = {**row, "crystal": _digest(block), "settings": self._settings}
-        for file, text in ((self._part_file, block), (self._line_file, _line(row))):
-            file.write(text)
-            file.flush()
+        try:
+            for file, text in ((self._part_file, block), (self._line_file, _line(row))):
+                file.write(text)
+                file.flush()
+        except OSError as error:
+            raise InputError(f"{self.out}: cannot be written ({error.strerror or error})") from error
         self.rows[key], self._blocks[key] = row, block
 
     def crystal(self, key: Key) -> Atoms:
@@ -160,8 +167,9 @@ class Record:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the files."""
-        self._part_file.close()
-        self._line_file.close()
+        for file in (self._part_file, self._line_file):
+            with contextlib.suppress(OSError):  # what the disk did not take before, it does not now
+                file.close()
         self._close()
 
 
