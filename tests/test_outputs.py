@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fastchgnet.cli import main
 from fastchgnet.config import ModelConfig
+from fastchgnet.sim.md_files import fingerprint
 from fastchgnet.weights import save_potential
 
 SMALL = ModelConfig(atom_cutoff=4.0, n_radial=5, n_angular=5, readout_hidden=(16,))
@@ -206,3 +207,12 @@ def test_a_full_disk_is_one_line_and_leaves_no_lock(cli: Cli) -> None:
     assert not list(Path().glob(".*.lock"))
     assert cli("relax", "iron.xyz", "--steps", 1, "--out", "out.extxyz") == (0, [])
     assert len(ase.io.read("out.extxyz", ":")) == 9 and not list(Path().glob(".*"))
+
+
+def test_models_with_equal_parameters_are_told_apart() -> None:
+    """A cutoff, as an example, is no parameter."""
+    one, same = potential(SMALL), potential(SMALL)
+    other = potential(SMALL.model_copy(update={"envelope_p": 6}))
+    parameters = [dict(model.named_parameters()) for model in (one, other)]
+    assert all(torch.equal(value, parameters[1][name]) for name, value in parameters[0].items())
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)

@@ -310,8 +310,8 @@ def file_name(number: int, file: str, temperature: float) -> str:
 
 
 def fingerprint(potential: Potential) -> str:
-    """Return a checksum of all parameters of a model, and their precision."""
-    digest = hashlib.sha256()
+    """Return a checksum of a model: its configuration, and all parameters with their precision."""
+    digest = hashlib.sha256(potential.config.model_dump_json().encode())
     for name, tensor in sorted(potential.state_dict().items()):
         digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
