@@ -31,7 +31,7 @@ from ase.md.verlet import VelocityVerlet
 
 import fastchgnet
 from fastchgnet.bench.rows import environment
-from fastchgnet.sim.ensemble import Settings
+from fastchgnet.sim.md.ensemble import Settings
 
 KELVIN, INTERVAL = 300.0, 10
 

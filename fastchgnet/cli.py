@@ -135,9 +135,9 @@ def md(
     dtype: Precision = "float32",
 ) -> None:
     """Run molecular dynamics; Ctrl-C stops between two steps, and --resume continues there."""
-    from fastchgnet.sim.ensemble import Settings
-    from fastchgnet.sim.md_report import show
-    from fastchgnet.sim.md_run import Plan, charge_table_of, run_files
+    from fastchgnet.sim.md.ensemble import Settings
+    from fastchgnet.sim.md.report import show
+    from fastchgnet.sim.md.run import Plan, charge_table_of, run_files
     from fastchgnet.units import GPA
 
     settings = Settings(
@@ -193,9 +193,9 @@ def relax(
     as_json: Json = False,
 ) -> None:
     """Relax atoms and cells of the crystals in files; the same command goes on where one was stopped."""
-    from fastchgnet.sim.relax_files import Task
-    from fastchgnet.sim.relax_terminal import relax_in_terminal
-    from fastchgnet.sim.relaxed import Settings
+    from fastchgnet.sim.relax.files import Task
+    from fastchgnet.sim.relax.result import Settings
+    from fastchgnet.sim.relax.terminal import relax_in_terminal
     from fastchgnet.units import GPA
 
     task = Task(out, Settings(fmax, steps, cell, pressure * GPA), batch_size, trajectory)

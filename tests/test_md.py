@@ -22,10 +22,10 @@ from torch import Tensor
 from fastchgnet import FastCHGNetCalculator
 from fastchgnet.config import ModelConfig
 from fastchgnet.errors import InputError
-from fastchgnet.sim.ensemble import Settings
-from fastchgnet.sim.integrators import Bath, State
 from fastchgnet.sim.md import MolecularDynamics
-from fastchgnet.sim.noise import Noise
+from fastchgnet.sim.md.ensemble import Settings
+from fastchgnet.sim.md.integrators import Bath, State
+from fastchgnet.sim.md.noise import Noise
 from fastchgnet.units import GPA
 
 NVT = Settings(ensemble="nvt", thermostat="langevin", timestep=2.0)

@@ -28,8 +28,8 @@ from fastchgnet.cli import main
 from fastchgnet.config import ModelConfig
 from fastchgnet.errors import InputError
 from fastchgnet.published import load
-from fastchgnet.sim import md_files
-from fastchgnet.sim.md_files import COLUMNS, RESTART, RunFolder, Sums, file_name, read_log
+from fastchgnet.sim.md import files as md_files
+from fastchgnet.sim.md.files import COLUMNS, RESTART, RunFolder, Sums, file_name, read_log
 from fastchgnet.weights import save_potential
 
 SMALL = ModelConfig(atom_cutoff=4.0, n_radial=5, n_angular=5, readout_hidden=(16,))
@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on(cli: Cli) -> None:
     """SIGKILL at some moment; states are saved so often that the last is not the first."""
     options = ["two.xyz", "--interval", "1", "--ensemble", "nvt", "--thermostat", "langevin"]
     program = (
-        "import fastchgnet.cli, fastchgnet.sim.md_files as files;"
+        "import fastchgnet.cli, fastchgnet.sim.md.files as files;"
         "files._SAVE_SECONDS, files._SAVE_SHARE = 0.05, 1.0; fastchgnet.cli.main()"
     )
     command = [sys.executable, "-c", program, "md", *options, "--out", "killed", "--steps", "100000"]
@@ -356,7 +356,7 @@ def test_states_are_saved_when_it_is_time(cli: Cli, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("method", "error", "message"),
     [
-        ("fastchgnet.sim.md_files.RunFolder._append", InputError("disk: no space left"), "no space left"),
+        ("fastchgnet.sim.md.files.RunFolder._append", InputError("disk: no space left"), "no space left"),
         ("fastchgnet.sim.md.MolecularDynamics._step", torch.OutOfMemoryError(), "out of memory; run fewer"),
     ],
 )

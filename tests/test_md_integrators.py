@@ -18,15 +18,15 @@ from ase.md.nose_hoover_chain import IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.verlet import VelocityVerlet
 from springs import SpringCalculator, Springs
 
-from fastchgnet.sim.ensemble import Settings, make_bath, random_velocities, temperature_of
-from fastchgnet.sim.integrators import (
+from fastchgnet.sim.md.ensemble import Settings, make_bath, random_velocities, temperature_of
+from fastchgnet.sim.md.integrators import (
     Bath,
     State,
     conserved_energy,
     kinetic_energy,
     pressure,
 )
-from fastchgnet.sim.noise import Noise, philox
+from fastchgnet.sim.md.noise import Noise, philox
 from fastchgnet.units import GPA
 
 ROUNDING = 1e-9
@@ -152,7 +152,8 @@ def test_npt_is_ases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_langevin_without_friction_is_ases() -> None:
     atoms = crystals()[0]
-    run = Run([atoms], Settings(ensemble="nvt", thermostat="langevin", thermostat_time=1e30))
+    run = Run([atoms], Settings(ensemble="nvt", thermostat="langevin"))
+    run.bath = run.bath._replace(thermostat_time=1e30)
     run.take(100)
     for make in (
         lambda other: Langevin(other, 1 * units.fs, temperature_K=300, friction=0.0, fixcm=False),

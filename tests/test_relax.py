@@ -21,12 +21,12 @@ from fastchgnet.errors import InputError
 from fastchgnet.graph import Output
 from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.potential import Potential
-from fastchgnet.sim import relax as relax_module
 from fastchgnet.sim.calculator import FastCHGNetCalculator
-from fastchgnet.sim.cell_filter import CellMode, log_matrix
 from fastchgnet.sim.relax import Relaxation, relax, relax_each
-from fastchgnet.sim.relaxed import Relaxed, Settings
-from fastchgnet.sim.room import Room, free_memory, needed_bytes
+from fastchgnet.sim.relax import loop as relax_module
+from fastchgnet.sim.relax.cell_filter import CellMode, log_matrix
+from fastchgnet.sim.relax.result import Relaxed, Settings
+from fastchgnet.sim.relax.room import Room, free_memory, needed_bytes
 
 PRESSURE = 0.02  # eV/A^3
 N_STEPS = 9

@@ -25,9 +25,10 @@ from fastchgnet.cli import main
 from fastchgnet.config import ModelConfig
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Output
-from fastchgnet.sim import relax_files, relax_terminal
 from fastchgnet.sim.moving import MovingSystems
-from fastchgnet.sim.relax_record import Key, Record
+from fastchgnet.sim.relax import files as relax_files
+from fastchgnet.sim.relax import terminal as relax_terminal
+from fastchgnet.sim.relax.record import Key, Record
 from fastchgnet.weights import save_potential
 
 SMALL = ModelConfig(atom_cutoff=4.0, n_radial=5, n_angular=5, readout_hidden=(16,))

@@ -15,7 +15,7 @@ from crystals import rattled
 import fastchgnet
 from fastchgnet.sim.calculator import FastCHGNetCalculator
 from fastchgnet.sim.relax import relax
-from fastchgnet.sim.relaxed import Settings
+from fastchgnet.sim.relax.result import Settings
 
 PROTOTYPES = Path(__file__).parents[1] / "examples" / "prototypes.xyz"
 ELEMENTS = ["Li", "Na", "Mg", "Al", "Si", "K", "Ca", "Ti", "V", "Cr", "Fe", "Co", "Ni", "Cu", "Zn", "Ge"]

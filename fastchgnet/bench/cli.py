@@ -185,9 +185,12 @@ def plot(
 @app.command(epilog="Example: fastchgnet bench table benchmarks/results/performance-cpu.json")
 def table(rows: Annotated[Path, typer.Argument(help="JSON list of rows from one device.")]) -> None:
     """Print rows as a Markdown table, as docs/performance.md has it."""
-    from fastchgnet.bench.rows import markdown, read
+    from fastchgnet.bench import table_ii
+    from fastchgnet.bench.rows import markdown, read, tables
 
-    print(markdown(read(rows)), end="")
+    found = read(rows)
+    steps = all(row["command"] == "md" for row in found)
+    print(markdown(found, table_ii.tables if steps else tables), end="")
 
 
 def _say(line: str) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return [*([Table(title, (*times, *counts), run)] if run else []), *_details(rows)]
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], as_tables: Callable[[Sequence[Row]], list[Table]] = tables) -> str:
     """Show the rows as the documentation does."""
-    first = tables(rows)[0]
+    first = as_tables(rows)[0]
     lines = [first.header, ("---", *["---:"] * (len(first.header) - 1)), *first.rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

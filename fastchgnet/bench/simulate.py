@@ -21,10 +21,10 @@ from fastchgnet.bench.timing import Work
 from fastchgnet.data.formats import read_frames
 from fastchgnet.errors import InputError
 from fastchgnet.prediction import GEOMETRY
-from fastchgnet.sim import ensemble, relaxed
+from fastchgnet.sim import md
 from fastchgnet.sim.calculator import FastCHGNetCalculator
 from fastchgnet.sim.md import MolecularDynamics
-from fastchgnet.sim.relax import relax
+from fastchgnet.sim.relax import Settings, relax
 
 STEPS = 10
 """Steps of molecular dynamics in each call."""
@@ -96,7 +96,7 @@ def md_row(session: Session) -> Row:
     widths = np.sqrt(units.kB * KELVIN * atoms.get_masses())[:, None]
     atoms.set_momenta(widths * np.random.default_rng(session.options.seed).normal(size=(len(atoms), 3)))
     model = ours.Inference("conservative", session.device).potential
-    dynamics = MolecularDynamics(model, [atoms], settings=ensemble.Settings(velocities="given"))
+    dynamics = MolecularDynamics(model, [atoms], settings=md.Settings(velocities="given"))
     arms: dict[str, Work] = {
         "ours": lambda: dynamics.run(STEPS, STEPS),
         "ours_ase": _with_ase(atoms, FastCHGNetCalculator(model)),
@@ -130,7 +130,7 @@ def relax_row(session: Session, n_frames: int, fmax: float, max_steps: int) -> R
         energies[arm], steps[arm] = [e for e, _ in found], [n for _, n in found]
 
     def batched(chosen: Sequence[Atoms], most: int) -> list[tuple[float, int]]:
-        done = relax(model, chosen, relaxed.Settings(fmax=fmax, max_steps=most))
+        done = relax(model, chosen, Settings(fmax=fmax, max_steps=most))
         return [(one.energy / len(one.positions), one.n_steps) for one in done]
 
     batched(crystals[:1], 1)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastchgnet.graph import Output
 from fastchgnet.record import Record, Recorder
-from fastchgnet.sim.ensemble import temperature_of
 from fastchgnet.sim.fixed import FixedSystems
-from fastchgnet.sim.integrators import Bath, State, Step, kinetic_energy
-from fastchgnet.sim.noise import Noise
+from fastchgnet.sim.md.ensemble import temperature_of
+from fastchgnet.sim.md.integrators import Bath, State, Step, kinetic_energy
+from fastchgnet.sim.md.noise import Noise
 
 MAX_TEMPERATURE = 1e5
 """K; no crystal is that hot, but simulations that explode are."""

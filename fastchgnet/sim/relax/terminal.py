@@ -18,8 +18,8 @@ from fastchgnet.published import load
 from fastchgnet.report import MISSING, Table, print_tables
 from fastchgnet.sim.outputs import check_report
 from fastchgnet.sim.page import Panel, require_libraries, write_page
-from fastchgnet.sim.relax_files import Outcome, Task, read_inputs, relax_files, trajectory_path
-from fastchgnet.sim.relax_record import Row
+from fastchgnet.sim.relax.files import Outcome, Task, read_inputs, relax_files, trajectory_path
+from fastchgnet.sim.relax.record import Row
 from fastchgnet.train.signals import stop_request
 from fastchgnet.units import GPA
 

@@ -29,10 +29,10 @@ from fastchgnet.prediction import Crystal, read_crystals
 from fastchgnet.published import load
 from fastchgnet.sim.charges import DEFAULT_CHARGES, ChargeTable, read_charge_table
 from fastchgnet.sim.constraints import fixed_atoms, fixed_in_files
-from fastchgnet.sim.ensemble import Settings, held_atoms
-from fastchgnet.sim.md import MolecularDynamics
-from fastchgnet.sim.md_files import RESTART, Member, RunFolder, file_name, fingerprint
-from fastchgnet.sim.md_report import write_report
+from fastchgnet.sim.md.ensemble import Settings, held_atoms
+from fastchgnet.sim.md.files import RESTART, Member, RunFolder, file_name, fingerprint
+from fastchgnet.sim.md.loop import MolecularDynamics
+from fastchgnet.sim.md.report import write_report
 from fastchgnet.sim.outputs import check_report, remove_parts
 from fastchgnet.sim.page import require_libraries
 from fastchgnet.train.signals import stop_request

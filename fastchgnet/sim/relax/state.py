@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastchgnet.graph import Output, Systems
-from fastchgnet.sim.cell_filter import CellFilter, Geometry, Kind
-from fastchgnet.sim.fire import Fire, Vector, at_rest
+from fastchgnet.sim.relax.cell_filter import CellFilter, Geometry, Kind
+from fastchgnet.sim.relax.fire import Fire, Vector, at_rest
 
 
 class AtomRows(NamedTuple):

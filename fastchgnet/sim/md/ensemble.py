@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastchgnet.errors import InputError
 from fastchgnet.sim.constraints import fixed_atoms
-from fastchgnet.sim.integrators import (
+from fastchgnet.sim.md.integrators import (
     Bath,
     Step,
     at_rest,

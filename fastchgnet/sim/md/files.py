@@ -33,8 +33,8 @@ from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 from fastchgnet.potential import Potential
 from fastchgnet.sim.charges import ChargeTable
-from fastchgnet.sim.integrators import PER_ATOM, State
-from fastchgnet.sim.md import Lost, MolecularDynamics, Snapshot
+from fastchgnet.sim.md.integrators import PER_ATOM, State
+from fastchgnet.sim.md.loop import Lost, MolecularDynamics, Snapshot
 from fastchgnet.sim.outputs import plain_name
 from fastchgnet.units import GPA
 

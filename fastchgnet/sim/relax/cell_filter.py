@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.errors import InputError
-from fastchgnet.sim.fire import Vector
+from fastchgnet.sim.relax.fire import Vector
 from fastchgnet.units import VOIGT
 
 Kind = Literal["full", "fixed", "hydrostatic", "constant-volume", "components"]

@@ -11,8 +11,8 @@ import ase.io
 from rich.console import Console
 
 from fastchgnet.report import Table
-from fastchgnet.sim.md import MolecularDynamics
-from fastchgnet.sim.md_files import RunFolder, read_log
+from fastchgnet.sim.md.files import RunFolder, read_log
+from fastchgnet.sim.md.loop import MolecularDynamics
 from fastchgnet.sim.page import MAX_FRAMES, Panel, write_page
 
 MISSING = "—"

@@ -19,13 +19,13 @@ from fastchgnet.neighbors import graph_sizes
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import sound_systems
 from fastchgnet.sim.calculator import DIRECT
-from fastchgnet.sim.cell_filter import CellFilter, CellMode
 from fastchgnet.sim.constraints import fixed_atoms
-from fastchgnet.sim.fire import Vector, fire_step
 from fastchgnet.sim.moving import MovingSystems, Unsound
-from fastchgnet.sim.relax_state import State
-from fastchgnet.sim.relaxed import CONVERGED, OUT_OF_STEPS, Relaxed, Settings, Step
-from fastchgnet.sim.room import Room, needed_bytes
+from fastchgnet.sim.relax.cell_filter import CellFilter, CellMode
+from fastchgnet.sim.relax.fire import Vector, fire_step
+from fastchgnet.sim.relax.result import CONVERGED, OUT_OF_STEPS, Relaxed, Settings, Step
+from fastchgnet.sim.relax.room import Room, needed_bytes
+from fastchgnet.sim.relax.state import State
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -20,15 +20,15 @@ from fastchgnet.potential import Potential
 from fastchgnet.record import Record, recording_on
 from fastchgnet.sim.calculator import DIRECT
 from fastchgnet.sim.constraints import fixed_atoms
-from fastchgnet.sim.ensemble import (
+from fastchgnet.sim.fixed import MAX_CANDIDATES, FixedSystems, n_candidates
+from fastchgnet.sim.md.ensemble import (
     Settings,
     given_velocities,
     make_bath,
     random_velocities,
     temperature_of,
 )
-from fastchgnet.sim.fixed import MAX_CANDIDATES, FixedSystems, n_candidates
-from fastchgnet.sim.integrators import (
+from fastchgnet.sim.md.integrators import (
     PER_ATOM,
     State,
     conserved_energy,
@@ -36,9 +36,9 @@ from fastchgnet.sim.integrators import (
     pressure,
     volume,
 )
+from fastchgnet.sim.md.noise import Noise
+from fastchgnet.sim.md.recorded import MAX_TEMPERATURE, RecordedSteps
 from fastchgnet.sim.moving import MovingSystems, Unsound
-from fastchgnet.sim.noise import Noise
-from fastchgnet.sim.recorded import MAX_TEMPERATURE, RecordedSteps
 from fastchgnet.units import VOIGT
 
 if TYPE_CHECKING:

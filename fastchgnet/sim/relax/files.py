@@ -21,10 +21,10 @@ from fastchgnet.potential import Potential
 from fastchgnet.prediction import Crystal, read_crystals, systems_from_frames
 from fastchgnet.sim.constraints import fixed_in_files
 from fastchgnet.sim.outputs import one_line, plain_name
-from fastchgnet.sim.relax import Relaxation
-from fastchgnet.sim.relax_record import Key, Record, Row, number, to_extxyz
-from fastchgnet.sim.relaxed import Relaxed, Settings
-from fastchgnet.sim.room import Room
+from fastchgnet.sim.relax.loop import Relaxation
+from fastchgnet.sim.relax.record import Key, Record, Row, number, to_extxyz
+from fastchgnet.sim.relax.result import Relaxed, Settings
+from fastchgnet.sim.relax.room import Room
 from fastchgnet.units import GPA
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastchgnet.errors import InputError
-from fastchgnet.sim.cell_filter import CellMode
+from fastchgnet.sim.relax.cell_filter import CellMode
 from fastchgnet.units import VOIGT
 
 if TYPE_CHECKING:
