@@ -312,6 +312,10 @@ extern "C" int messages(int level, int64_t width, const Given* in, const Outputs
     return 0;
 }
 
+extern "C" void use_pool(decltype(Pool::run) run, decltype(Pool::number) number, decltype(Pool::size) size) {
+    pool = {run, number, size};
+}
+
 extern "C" void sum_rows(const float* rows, const int64_t* order, const int64_t* start, int64_t n_segments,
                          int64_t width, int64_t n_threads, float* out) {
     add_up({{rows, order, start, n_segments, width, out}}, n_threads);

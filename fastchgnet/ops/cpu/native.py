@@ -28,10 +28,14 @@ from fastchgnet.files import cache_folder
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _TUNING = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
-_ROWS_PER_THREAD = 2048
+_ROWS_PER_THREAD = 256
+"""What a thread that is awake is worth; the first few operations of a sequence wake it."""
+
+_ROWS_PER_NEW_THREAD = 2048
 """About a millisecond's work: on a virtual machine a core that sleeps takes a quarter of that to wake."""
 
 logger = logging.getLogger(__name__)
+_shares_threads = False  # with PyTorch
 _enabled = os.environ.get("FASTCHGNET_NATIVE", "1") != "0"
 
 
@@ -53,7 +57,8 @@ def library() -> ctypes.CDLL | None:
 
 def n_threads(n_rows: int) -> int:
     """Return how many threads so many rows are worth."""
-    return max(1, min(torch.get_num_threads(), n_rows // _ROWS_PER_THREAD))
+    least = _ROWS_PER_THREAD if _shares_threads else _ROWS_PER_NEW_THREAD
+    return max(1, min(torch.get_num_threads(), n_rows // least))
 
 
 def block(tensors: Iterable[Tensor | None], numbers: Iterable[int] = ()) -> ctypes.c_void_p:
@@ -77,12 +82,28 @@ def _load() -> ctypes.CDLL | None:
         logger.info("no C++ compiler found: CPU ops run as PyTorch, a few times slower")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        library = ctypes.CDLL(str(_compiled(compiler)))
+        _share_threads(library)
+        return library
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         line = next(iter(reason.strip().splitlines()), type(error).__name__)
         logger.warning("CPU ops run as PyTorch, a few times slower: %s failed (%s)", compiler, line)
         return None
+
+
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Let the bodies run on PyTorch's threads where those are OpenMP's."""
+    global _shares_threads
+    if os.name != "posix":
+        return
+    runtime = ctypes.CDLL(None)  # what PyTorch has loaded for everybody
+    try:
+        functions = runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads
+    except AttributeError:
+        return
+    library.use_pool(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
+    _shares_threads = True
 
 
 def _compiled(compiler: str) -> Path:
