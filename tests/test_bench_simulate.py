@@ -10,6 +10,7 @@ import pytest
 from crystals import crystals
 from test_bench import program
 
+from fastchgnet.bench import rows
 from fastchgnet.bench.rows import read
 from fastchgnet.bench.table_ii import TABLE_II, tables
 
@@ -29,12 +30,12 @@ def test_steps_of_dynamics_give_a_row_for_each_crystal(files, monkeypatch, capsy
     options = ("--repeat", "1x1x2", "--rounds", 1, "--no-chgnet", "--json", "--out", "rows.json")
     status, out, _ = program(monkeypatch, capsys, "md", *args, *options)
     assert status == 0
-    rows = read(Path("rows.json"))
-    assert json.loads(out) == rows
-    assert [row["crystal"] for row in rows] == ["ClNa", "Fe"]
-    assert [row["batch"]["atoms"] for row in rows] == [4, 2]
-    assert all(row["ours"]["wall_seconds"][1] > 0 and row["ours_ase"]["wall_seconds"][1] > 0 for row in rows)
-    (table,) = tables(rows)
+    found = read(Path("rows.json"))
+    assert json.loads(out) == found
+    assert [row["crystal"] for row in found] == ["ClNa", "Fe"]
+    assert [row["batch"]["atoms"] for row in found] == [4, 2]
+    assert all(row["ours"]["wall_seconds"][1] > 0 and row["ours_ase"]["wall_seconds"][1] > 0 for row in found)
+    (table,) = tables(found)
     # no arm of chgnet, and none of the paper's crystals
     assert [line[4] for line in table.rows[:2]] == ["—", "—"]
     assert [line[0] for line in table.rows[2:]] == [f"{one.crystal} (absent)" for one in TABLE_II]
@@ -60,6 +61,14 @@ def test_both_arms_relax_to_the_same_energies(files, monkeypatch, capsys) -> Non
     assert row["ours"]["steps"] == row["chgnet"]["steps"] == 6
     # both in single precision, three steps from the same start
     assert row["energy_difference_ev_per_atom"][-1] < 1e-5
+
+
+def test_documented_tables_are_those_of_the_rows() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "performance.md").read_text()
+    for name, as_tables in (("dynamics-cpu", tables), ("relaxation-cpu", rows.tables), ("large-cpu", rows.tables)):
+        found = read(root / "benchmarks" / "results" / f"{name}.json")
+        assert rows.markdown(found, as_tables) in page
 
 
 @pytest.mark.parametrize(
