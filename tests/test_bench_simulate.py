@@ -66,7 +66,8 @@ def test_both_arms_relax_to_the_same_energies(files, monkeypatch, capsys) -> Non
 def test_documented_tables_are_those_of_the_rows() -> None:
     root = Path(__file__).parents[1]
     page = (root / "docs" / "performance.md").read_text()
-    for name, as_tables in (("dynamics-cpu", tables), ("relaxation-cpu", rows.tables), ("large-cpu", rows.tables)):
+    shown = {"dynamics-cpu": tables, "relaxation-cpu": rows.tables, "large-cpu": rows.tables}
+    for name, as_tables in shown.items():
         found = read(root / "benchmarks" / "results" / f"{name}.json")
         assert rows.markdown(found, as_tables) in page
 
