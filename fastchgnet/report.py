@@ -78,6 +78,11 @@ class Table(NamedTuple):
         )
 
 
+def text(value: float | None, pattern: str, factor: float = 1) -> str:
+    """Write a number times a factor, and a dash for what is missing."""
+    return MISSING if value is None else pattern.format(value * factor if factor != 1 else value)
+
+
 def summary_tables(evaluation: Evaluation) -> list[Table]:
     """Tabulate an evaluation: one line as in the paper's Table I, all quantities, and each config_type."""
     keys = list(evaluation.overall)

@@ -6,6 +6,7 @@ and anything a run adds; `model.safetensors.json` repeats it for readers. Pickle
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,3 +158,12 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
         if not torch.isfinite(tensor).all():
             return f"{name} contains NaN or infinity"
     return None
+
+
+def fingerprint(potential: Potential) -> str:
+    """Return a checksum of a model: its configuration and all parameters, whatever their precision."""
+    digest = hashlib.sha256(potential.config.model_dump_json().encode())
+    for name, value in sorted(potential.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fastchgnet.cli import main
 from fastchgnet.config import ModelConfig
-from fastchgnet.sim.md.files import fingerprint
-from fastchgnet.weights import save_potential
+from fastchgnet.weights import fingerprint, save_potential
 
 SMALL = ModelConfig(atom_cutoff=4.0, n_radial=5, n_angular=5, readout_hidden=(16,))
 

@@ -111,11 +111,10 @@ def balance(
 ) -> None:
     """Divide global batches among ranks by every strategy, simulated, and tell how even the shares are."""
     from fastchgnet.bench import balance as bench
-    from fastchgnet.bench.rows import append, read
+    from fastchgnet.bench.rows import append, check_out
     from fastchgnet.bench.session import Options, Session
 
-    if out is not None and out.exists():
-        read(out)  # a file that takes no rows is better known now
+    check_out(out)
     options = Options(
         frames, tuple(batch or ()), (readout.value,), device, threads, rounds, seed, label, False, False
     )

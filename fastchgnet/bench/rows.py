@@ -17,7 +17,7 @@ import torch
 
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
-from fastchgnet.report import Table
+from fastchgnet.report import Table, text
 
 Row = dict[str, Any]
 
@@ -54,6 +54,12 @@ def read(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "command" in row for row in rows):
         raise InputError(f"{path}: not a list of rows of `fastchgnet bench`")
     return rows
+
+
+def check_out(path: Path | None) -> None:
+    """Look before a long run whether a file takes rows, as `read` does."""
+    if path is not None and path.exists():
+        read(path)
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
@@ -122,11 +128,6 @@ def _median(arm: Mapping[str, Any]) -> float | None:
 def _executed(arm: Mapping[str, Any]) -> int | None:
     counts = arm.get("counts") or {}
     return counts.get("kernels") or counts.get("ops")
-
-
-def text(value: float | None, pattern: str, factor: float = 1) -> str:
-    """Write a number times a factor, and a dash for what is missing."""
-    return "—" if value is None else pattern.format(value * factor if factor != 1 else value)
 
 
 def _version(name: str) -> str | None:

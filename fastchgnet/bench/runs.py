@@ -35,8 +35,7 @@ def run(name: str, options: Options, out: Path | None, say: Callable[[str], None
     Raises:
         InputError: no chgnet, unreadable frames, a batch that does not fit, or wrong results on this device.
     """
-    if out is not None and out.exists():
-        rows.read(out)  # a file that takes no rows is better known now
+    rows.check_out(out)
     session = Session(options, say)
     done: list[Row] = []
 

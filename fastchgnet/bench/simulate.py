@@ -15,7 +15,7 @@ from ase.formula import Formula
 from ase.md.verlet import VelocityVerlet
 
 from fastchgnet.bench import ours, reference
-from fastchgnet.bench.rows import Row, append, read
+from fastchgnet.bench.rows import Row, append, check_out
 from fastchgnet.bench.session import Options, Session
 from fastchgnet.bench.timing import Work
 from fastchgnet.data.formats import read_frames
@@ -54,8 +54,7 @@ def run_md(
     cells = tuple(int(n) for n in repeat.split("x") if n.isdecimal())
     if len(cells) != 3 or min(cells) < 1:
         raise InputError(f"--repeat {repeat}: expected three numbers, such as 4x4x2")
-    if out is not None and out.exists():
-        read(out)  # a file that takes no rows is better known now
+    check_out(out)
     done = []
     with TemporaryDirectory() as folder:
         for path in files:
@@ -79,8 +78,7 @@ def run_relax(
     Raises:
         InputError: unreadable or too few frames, no chgnet, or no such device.
     """
-    if out is not None and out.exists():
-        read(out)
+    check_out(out)
     done = [relax_row(Session(Options(**options), say), n_frames, fmax, max_steps)]
     if out is not None:
         append(out, done)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from ase.formula import Formula
 
-from fastchgnet.bench.rows import Row, text
-from fastchgnet.report import Table
+from fastchgnet.bench.rows import Row
+from fastchgnet.report import Table, text
 
 
 class Published(NamedTuple):

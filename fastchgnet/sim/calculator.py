@@ -55,7 +55,7 @@ class FastCHGNetCalculator(Calculator):
         skin: float = 0.5,
     ) -> None:
         super().__init__()
-        self.potential = model.eval() if isinstance(model, Potential) else load(model, device, dtype)
+        self.potential = potential_of(model, device, dtype)
         # what ASE writes beside results
         self.parameters |= {"model": self.potential.provenance.name, "dtype": str(self.potential.dtype)[6:]}
         self.skin = skin
@@ -105,6 +105,13 @@ class FastCHGNetCalculator(Calculator):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is found again, and what no copy of a calculator could share."""
         return self.__dict__ | {"_crystal": None}
+
+
+def potential_of(
+    model: str | Path | Potential, device: str, dtype: Literal["float32", "float64"]
+) -> Potential:
+    """Load a model, unless it is one."""
+    return model.eval() if isinstance(model, Potential) else load(model, device, dtype)
 
 
 def _numpy(values: Tensor) -> NDArray[np.float64]:

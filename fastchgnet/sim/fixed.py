@@ -50,9 +50,7 @@ class FixedSystems:
         # some ghosts, over which those of the other rows are spread
         self._capacity = Capacity(rows.systems + 1, rows.atoms + max(8, rows.atoms // 16), **spare)
         self._systems = spare_systems(systems, *self._capacity[:2]).to(potential.device)
-        boxes = map(periodic_box, systems.cell.numpy(), systems.pbc.numpy())
-        inverse = np.array([np.linalg.inv(box) for box in boxes]).reshape(-1, 3, 3)
-        self._inverse = torch.from_numpy(inverse).to(potential.device)
+        self._inverse = inverse_boxes(systems).to(potential.device)
         self._n_candidates = math.ceil((1 + _SPARE_CANDIDATES) * n_candidates(potential, systems))
 
     def evaluate(self, position: Tensor, cell: Tensor) -> tuple[Output, Tensor]:
@@ -87,8 +85,7 @@ class FixedSystems:
     def _sane(self, position: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Put what it was made for in the place of what could keep a search busy for ever; and tell."""
         first, pbc = self._systems.cell[: len(cell)], self._systems.pbc[: len(cell)]
-        strain = self._inverse @ torch.where(pbc[:, :, None], cell - first, 0.0)
-        is_alike = torch.linalg.matrix_norm(strain) < MAX_STRAIN
+        is_alike = torch.linalg.matrix_norm(strains(self._inverse, pbc, cell - first)) < MAX_STRAIN
         cell = torch.where(is_alike[:, None, None], cell, first)
         is_known = position.isfinite()
         return torch.where(is_known, position, 0.0), cell, is_alike.all() & is_known.all()
@@ -121,6 +118,23 @@ class RecordedSystems:
         for place, values in zip(self._output, output, strict=True):
             place.copy_(values)
         return is_sound
+
+
+def inverse_boxes(systems: Systems) -> Tensor:
+    """Invert the cells of systems on the host, [S, 3, 3], whatever they say along open axes."""
+    boxes = map(periodic_box, systems.cell.numpy(), systems.pbc.numpy())
+    return torch.from_numpy(np.array([np.linalg.inv(box) for box in boxes]).reshape(-1, 3, 3))
+
+
+def strains(inverse: Tensor, pbc: Tensor, change: Tensor) -> Tensor:
+    """Strains that changes of cells are, [S, 3, 3]; along open axes a cell means nothing and nothing strains.
+
+    Args:
+        inverse: of the cells before, see `inverse_boxes`.
+        pbc: [S, 3].
+        change: [S, 3, 3], A.
+    """
+    return inverse @ torch.where(pbc[:, :, None], change, 0.0)
 
 
 def n_candidates(potential: Potential, systems: Systems) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastchgnet.data.frame import MIN_DISTANCE, periodic_box
+from fastchgnet.data.frame import MIN_DISTANCE
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Batch, Output, Systems
 from fastchgnet.neighbors import (
@@ -27,7 +27,14 @@ from fastchgnet.neighbors import (
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import flaws
 from fastchgnet.record import Record
-from fastchgnet.sim.fixed import MAX_CANDIDATES, FixedSystems, RecordedSystems, n_candidates
+from fastchgnet.sim.fixed import (
+    MAX_CANDIDATES,
+    FixedSystems,
+    RecordedSystems,
+    inverse_boxes,
+    n_candidates,
+    strains,
+)
 
 
 class Unsound(InputError):
@@ -163,9 +170,7 @@ class MovingSystems:
         reach: Tensor | float = cutoff + self.skin
         before = self._position
         if not torch.equal(systems.cell, self._cell):
-            # along open axes the cell means nothing and nothing is deformed
-            change = torch.where(systems.pbc[:, :, None], systems.cell - self._cell, 0.0)
-            strain = self._inverse @ change
+            strain = strains(self._inverse, systems.pbc, systems.cell - self._cell)
             reach = reach * (1 - torch.linalg.matrix_norm(strain))
             before = before + (before[:, None] @ strain.index_select(0, self._atom_system))[:, 0]
         moved = torch.linalg.vector_norm(systems.position - before, dim=1)
@@ -178,8 +183,7 @@ class MovingSystems:
         some = host.subset(stale)
         self._refuse(stale, some)
         device, cutoff = self._cell.device, self.potential.config.atom_cutoff + self.skin
-        boxes = map(periodic_box, some.cell.numpy(), some.pbc.numpy())
-        inverse = np.array([np.linalg.inv(box) for box in boxes]).reshape(-1, 3, 3)
+        inverse = inverse_boxes(some)
         chosen = torch.tensor(stale, dtype=torch.int64, device=device)
         self._is_new[chosen] = True  # after Ctrl-C below these systems are searched anew
         self._pairs = self._ranges = None
@@ -188,7 +192,7 @@ class MovingSystems:
         moved = torch.isin(self._atom_system, chosen)
         self._position[moved] = self.systems.position[moved]
         self._cell[chosen] = self.systems.cell[chosen]
-        self._inverse[chosen] = torch.from_numpy(inverse).to(device)
+        self._inverse[chosen] = inverse.to(device)
         self._is_new[chosen] = False
         joined = concatenated([self._found[index] for index in range(host.n_systems)], host.n_atoms)
         pairs = Pairs(*(values.to(device) for values in joined))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ def plain_name(text: str) -> str:
 def one_line(text: str) -> str:
     """Give a file's name as a comment of an .extxyz file can hold it: a line of printable characters."""
     return "".join(letter if letter.isprintable() else "_" for letter in text)
+
+
+def number_or_none(value: float) -> float | None:
+    """Give a number as JSON takes it, which lacks NaN."""
+    return float(value) if math.isfinite(value) else None
 
 
 def remove_parts(path: Path) -> None:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fastchgnet.graph import Systems
 from fastchgnet.potential import Potential
-from fastchgnet.published import load
 from fastchgnet.record import recording_on
-from fastchgnet.sim.calculator import DIRECT
+from fastchgnet.sim.calculator import DIRECT, potential_of
 from fastchgnet.sim.moving import MovingSystems
 
 try:
@@ -56,7 +55,7 @@ class FastCHGNetModel(ModelInterface):
         skin: float = 0.5,
     ) -> None:
         super().__init__()
-        self.potential = model if isinstance(model, Potential) else load(model, device, dtype)
+        self.potential = potential_of(model, device, dtype)
         self.skin = skin
         self._compute_stress = True
         self._compute_forces = True

@@ -8,7 +8,6 @@ missing.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -31,7 +30,6 @@ from fastchgnet.config import Config
 from fastchgnet.data.layout import one_line
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
-from fastchgnet.potential import Potential
 from fastchgnet.sim.charges import ChargeTable
 from fastchgnet.sim.md.integrators import PER_ATOM, State
 from fastchgnet.sim.md.loop import Lost, MolecularDynamics, Snapshot
@@ -307,15 +305,6 @@ def read_log(path: Path) -> dict[str, list[float]]:
 def file_name(number: int, file: str, temperature: float) -> str:
     """Name the files of a crystal: its number makes it unique, the rest helps people."""
     return f"{number:03d}-{plain_name(Path(file).stem)}-{temperature:g}K"
-
-
-def fingerprint(potential: Potential) -> str:
-    """Return a checksum of a model: its configuration, and all parameters with their precision."""
-    digest = hashlib.sha256(potential.config.model_dump_json().encode())
-    for name, tensor in sorted(potential.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _fits(state: State, like: State, n_systems: int, n_atoms: int) -> bool:

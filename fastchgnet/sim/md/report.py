@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import ase.io
 from rich.console import Console
 
-from fastchgnet.report import Table
+from fastchgnet.report import Table, text
 from fastchgnet.sim.md.files import RunFolder, read_log
 from fastchgnet.sim.md.loop import MolecularDynamics
 from fastchgnet.sim.page import MAX_FRAMES, Panel, write_page
-
-MISSING = "—"
 
 
 class _Curve(NamedTuple):
@@ -46,9 +44,9 @@ def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
             row["name"],
             row["formula"],
             f"{row['time_ps']:.3f}",
-            _figure(row["mean_temperature_k"], ".1f"),
-            _figure(row["mean_pressure_gpa"], ".3f"),
-            _figure(row["drift_mev_per_atom_per_ps"], ".3g"),
+            text(row["mean_temperature_k"], "{:.1f}"),
+            text(row["mean_pressure_gpa"], "{:.3f}"),
+            text(row["drift_mev_per_atom_per_ps"], "{:.3g}"),
             row["reason"] or "well",
         )
         for row in rows
@@ -103,7 +101,3 @@ def _values(curve: _Curve, values: Sequence[float], n_atoms: int) -> list[float]
     start = values[0] if curve.from_start else 0.0
     scale = curve.scale / (n_atoms if curve.per_atom else 1)
     return [(value - start) * scale for value in values]
-
-
-def _figure(value: float | None, form: str) -> str:
-    return MISSING if value is None else format(value, form)

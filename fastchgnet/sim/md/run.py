@@ -29,13 +29,15 @@ from fastchgnet.prediction import Crystal, read_crystals
 from fastchgnet.published import load
 from fastchgnet.sim.charges import DEFAULT_CHARGES, ChargeTable, read_charge_table
 from fastchgnet.sim.constraints import fixed_atoms, fixed_in_files
-from fastchgnet.sim.md.ensemble import Settings, held_atoms
-from fastchgnet.sim.md.files import RESTART, Member, RunFolder, file_name, fingerprint
+from fastchgnet.sim.md.ensemble import Settings, held_atoms, temperature_of
+from fastchgnet.sim.md.files import RESTART, Member, RunFolder, file_name
+from fastchgnet.sim.md.integrators import kinetic_energy
 from fastchgnet.sim.md.loop import MolecularDynamics
 from fastchgnet.sim.md.report import write_report
-from fastchgnet.sim.outputs import check_report, remove_parts
+from fastchgnet.sim.outputs import check_report, number_or_none, remove_parts
 from fastchgnet.sim.page import require_libraries
 from fastchgnet.train.signals import stop_request
+from fastchgnet.weights import fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,20 +297,15 @@ def _rows(dynamics: MolecularDynamics, folder: RunFolder) -> list[dict[str, Any]
             "steps": steps,
             "time_ps": steps * dynamics.settings.timestep / 1000,
             "reason": lost[number].reason if number in lost else None,
-            "mean_temperature_k": _known(kelvin),
-            "mean_pressure_gpa": _known(pressure),
-            "drift_mev_per_atom_per_ps": _known(folder.sums.drift(number, member.n_atoms)),
+            "mean_temperature_k": number_or_none(kelvin),
+            "mean_pressure_gpa": number_or_none(pressure),
+            "drift_mev_per_atom_per_ps": number_or_none(folder.sums.drift(number, member.n_atoms)),
             "frames": n_frames,
             "trajectory": str(folder.trajectory(number)),
             "log": str(folder.log(number)),
         }
         rows.append(row | ({} if folder.charges is None else {"frames_with_charges": n_charged}))
     return rows
-
-
-def _known(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else value
 
 
 @contextmanager
@@ -328,10 +325,9 @@ def _bar(n_steps: int) -> Iterator[Callable[[MolecularDynamics, float], None]]:
         def show(dynamics: MolecularDynamics, ms_per_step: float) -> None:
             if progress.disable or not dynamics.members:
                 return
-            snapshots = dynamics.snapshots()
-            kelvin = sum(one.temperature for one in snapshots) / len(snapshots)
-            n_atoms = sum(len(one.atoms) for one in snapshots)
-            energy = sum(one.energy for one in snapshots) / n_atoms
+            state, bath = dynamics.state, dynamics.bath
+            kelvin = temperature_of(kinetic_energy(state.velocity, bath), bath).mean().item()
+            energy = state.energy.sum().item() / len(state.position)
             text = f"{ms_per_step:.2f} ms/step  T {kelvin:.0f} K  E {energy:.4f} eV/atom"
             progress.update(task, completed=dynamics.n_steps, description=text)
 

@@ -20,12 +20,13 @@ from fastchgnet.files import write_atomically
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import Crystal, read_crystals, systems_from_frames
 from fastchgnet.sim.constraints import fixed_in_files
-from fastchgnet.sim.outputs import one_line, plain_name
+from fastchgnet.sim.outputs import number_or_none, one_line, plain_name
 from fastchgnet.sim.relax.loop import Relaxation
-from fastchgnet.sim.relax.record import Key, Record, Row, number, to_extxyz
+from fastchgnet.sim.relax.record import Key, Record, Row, to_extxyz
 from fastchgnet.sim.relax.result import Relaxed, Settings
 from fastchgnet.sim.relax.room import Room
 from fastchgnet.units import GPA
+from fastchgnet.weights import fingerprint
 
 
 class Watcher(Protocol):
@@ -158,13 +159,9 @@ def trajectory_path(folder: Path, key: Key) -> Path:
 
 def _dependencies(potential: Potential, settings: Settings) -> dict[str, Any]:
     """Say what a relaxation depends on, but for the crystal."""
-    digest = hashlib.sha256(potential.config.model_dump_json().encode())
-    for name, value in sorted(potential.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().double().numpy().tobytes())
     return {
         "model": potential.provenance.name,
-        "weights": digest.hexdigest()[:16],
+        "weights": fingerprint(potential),
         "dtype": str(potential.dtype).removeprefix("torch."),
         "fmax": settings.fmax,
         "steps": settings.max_steps,
@@ -207,12 +204,12 @@ def _row(crystal: Crystal, relaxed: Relaxed) -> Row:
         "failed": relaxed.failed,
         "reason": relaxed.reason,
         "steps": relaxed.n_steps,
-        "fmax": number(relaxed.fmax),
-        "energy": number(relaxed.energy),
-        "energy_per_atom": number(relaxed.energy / len(final.numbers)),
-        "volume": number(final.volume),
-        "volume_change": number(relaxed.volume_change),
-        "pressure": number(-float(np.trace(final.stress)) / 3 / GPA),
+        "fmax": number_or_none(relaxed.fmax),
+        "energy": number_or_none(relaxed.energy),
+        "energy_per_atom": number_or_none(relaxed.energy / len(final.numbers)),
+        "volume": number_or_none(final.volume),
+        "volume_change": number_or_none(relaxed.volume_change),
+        "pressure": number_or_none(-float(np.trace(final.stress)) / 3 / GPA),
         "functional": relaxed.functional,
         "energy_correction": relaxed.energy_correction,
         "energies": relaxed.energies.tolist(),

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -180,11 +179,6 @@ def to_extxyz(frames: Iterable[Atoms]) -> str:
     buffer = io.StringIO()
     write(buffer, list(frames), format="extxyz")
     return buffer.getvalue()
-
-
-def number(value: float) -> float | None:
-    """Give a number as JSON takes it, which lacks NaN."""
-    return float(value) if math.isfinite(value) else None
 
 
 def _is_row(value: Any) -> bool:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastchgnet.published import load
-from fastchgnet.report import MISSING, Table, print_tables
+from fastchgnet.report import Table, print_tables, text
 from fastchgnet.sim.outputs import check_report
 from fastchgnet.sim.page import Panel, require_libraries, write_page
 from fastchgnet.sim.relax.files import Outcome, Task, read_inputs, relax_files, trajectory_path
@@ -150,18 +150,14 @@ def _table(rows: Sequence[Row]) -> Table:
                 f"{row['file']}:{row['index']}",
                 row["formula"],
                 str(row["steps"]),
-                _figure(row["fmax"], "{:.4f}"),
-                _figure(row["energy_per_atom"], "{:.5f}"),
-                _figure(row["volume_change"] and 100 * row["volume_change"], "{:+.2f}"),
+                text(row["fmax"], "{:.4f}"),
+                text(row["energy_per_atom"], "{:.5f}"),
+                text(row["volume_change"], "{:+.2f}", 100),
                 row["reason"],
             )
             for row in rows
         ],
     )
-
-
-def _figure(value: float | None, text: str) -> str:
-    return MISSING if value is None else text.format(value)
 
 
 def _write_report(path: Path, outcome: Outcome, task: Task) -> None:
