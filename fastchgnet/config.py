@@ -118,6 +118,11 @@ class OptimConfig(Section):
     """Adam, its learning rate over the run, and what keeps the steps steady."""
 
     learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate.")
+    base_batch_size: int | None = Field(
+        None,
+        gt=0,
+        description="Batch size at which `learning_rate` holds; others scale it, Eq. 14. Null for never.",
+    )
     final_fraction: float = Field(
         0.01, ge=0, le=1, description="Learning rate at the end of the cosine, relative to the highest."
     )
@@ -130,6 +135,11 @@ class OptimConfig(Section):
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="Decay per step of the averaged weights that are kept; 0 for none."
     )
+
+    def highest_rate(self, batch_size: int) -> float:
+        """Highest learning rate for batches of so many frames, those of all processes together (Eq. 14)."""
+        scale = 1 if self.base_batch_size is None else batch_size / self.base_batch_size
+        return scale * self.learning_rate
 
 
 class DataConfig(Section):

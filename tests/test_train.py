@@ -267,6 +267,26 @@ def test_resuming_refuses_another_run(stores: Path, tmp_path: Path) -> None:
         train(configure(stores, out, data={"train": str(stores / "shifted")}), resume=True)
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(stores: Path, tmp_path: Path, straight: Path) -> None:
+    config = configure(stores, tmp_path / "run")
+    train(config, watcher=Interrupter(5))
+    file = tmp_path / "run" / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    del values["optim"]["base_batch_size"]
+    file.write_text(yaml.safe_dump(values))
+    assert train(config, resume=True).finished
+    assert_same_run(tmp_path / "run", straight)
+
+
+def test_a_rate_scaled_with_the_batch_is_trained_with(stores: Path, tmp_path: Path) -> None:
+    # batches of 5 frames
+    plain = {"learning_rate": 2 * 5 / 3 * 1e-3, "warmup_epochs": 0.5}
+    scaled = plain | {"learning_rate": 2e-3, "base_batch_size": 3}
+    for name, optim in (("plain", plain), ("scaled", scaled)):
+        assert train(configure(stores, tmp_path / name, optim=optim, train={"epochs": 1})).finished
+    assert_same_run(tmp_path / "plain", tmp_path / "scaled")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="locks are for POSIX")
 def test_two_runs_in_one_folder_do_not_mix(stores: Path, tmp_path: Path) -> None:
     config = configure(stores, tmp_path / "run")

@@ -73,6 +73,7 @@ def test_overrides_are_yaml_and_make_sections(tmp_path: Path) -> None:
         ("data: {train: a}\ntrain: {out: b}", ["optim.ema_decay=["], "not YAML"),
         ("data: {train: a}\ntrain: {out: b, references: keep}", [], "references: keep needs init"),
         ("data: {train: a}\ntrain: {out: b}", ["optim.learning_rate=.inf"], "should be a finite number"),
+        ("data: {train: a}\ntrain: {out: b}", ["optim.base_batch_size=0"], "batch_size: Input should be"),
         ("data: {train: a}\ntrain: {out: b}", ["model.atom_cutoff=500"], "less than or equal to 20"),
         ("data: {train: a}\ntrain: {out: b}", ["model.readout_hidden=[-4]"], "greater than 0"),
         ("data: {train: a}\ntrain: {out: b}", ["model.n_angular=1"], "n_angular must be 3, 5, ..."),
@@ -195,14 +196,19 @@ def test_prefetch_raises_in_turn() -> None:
 
 
 def test_learning_rate_warms_up_and_anneals() -> None:
-    config = OptimConfig(learning_rate=2.0, final_fraction=0.1)
-    rates = [learning_rate(step, 14, 3, config) for step in range(14)]
+    rates = [learning_rate(step, 14, 3, 2.0, 0.1) for step in range(14)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[-1] == pytest.approx(0.2)
     # Half a cosine from step 3 to step 13: its middle is at step 8.
     assert rates[8] == pytest.approx(1.1)
     assert rates[4] == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi / 10)) / 2)
-    assert [learning_rate(s, 1, 0, config) for s in (0,)] == [2.0]
+    assert [learning_rate(s, 1, 0, 2.0, 0.1) for s in (0,)] == [2.0]
+
+
+def test_learning_rate_grows_with_the_batch_where_it_is_asked_to() -> None:
+    paper = OptimConfig(learning_rate=3e-4, base_batch_size=128)
+    assert [paper.highest_rate(size) for size in (32, 128, 2048)] == pytest.approx([7.5e-5, 3e-4, 4.8e-3])
+    assert [OptimConfig(learning_rate=3e-4).highest_rate(size) for size in (32, 2048)] == [3e-4, 3e-4]
 
 
 def twins() -> tuple[nn.Module, nn.Module]:

@@ -205,9 +205,10 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step of this run."""
-        n_batches = len(self.batches)
-        n_warmup = round(self.config.optim.warmup_epochs * n_batches)
-        return learning_rate(step, n_batches * self.config.train.epochs, n_warmup, self.config.optim)
+        n_batches, optim = len(self.batches), self.config.optim
+        n_steps, n_warmup = n_batches * self.config.train.epochs, round(optim.warmup_epochs * n_batches)
+        highest = optim.highest_rate(self.config.data.batch_size)
+        return learning_rate(step, n_steps, n_warmup, highest, optim.final_fraction)
 
     def load(self, frames: Frames, batches: Iterable[NDArray[np.int64]]) -> Iterator[Work]:
         """Yield what batches of the run's training or validation frames are made from, ahead of time."""

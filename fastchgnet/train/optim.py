@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastchgnet.config import OptimConfig
 from fastchgnet.ops.gpu import runtime
 
 BETA_MEAN = 0.9
@@ -19,20 +18,21 @@ _ALIGN = 64
 """Elements that the place of a parameter in the buffer is a multiple of: vector loads want 16 bytes."""
 
 
-def learning_rate(step: int, n_steps: int, n_warmup: int, config: OptimConfig) -> float:
+def learning_rate(step: int, n_steps: int, n_warmup: int, highest: float, final_fraction: float) -> float:
     """Return the learning rate of a step: linear warm-up to the highest, then half a cosine.
 
     Args:
         step: 0 for the first step.
-        n_steps: steps of the whole run; the last one has learning_rate * final_fraction.
+        n_steps: steps of the whole run; the last one has highest * final_fraction.
         n_warmup: steps before the highest rate is reached.
-        config: highest rate and final fraction.
+        highest: highest rate.
+        final_fraction: rate of the last step, relative to the highest.
     """
     if step < n_warmup:
-        return config.learning_rate * (step + 1) / (n_warmup + 1)
+        return highest * (step + 1) / (n_warmup + 1)
     progress = (step - n_warmup) / max(1, n_steps - 1 - n_warmup)
     cosine = (1 + math.cos(math.pi * progress)) / 2
-    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * cosine)
+    return highest * (final_fraction + (1 - final_fraction) * cosine)
 
 
 def step_sizes(step: int, rate: float, ema_decay: float) -> tuple[float, float, float]:
