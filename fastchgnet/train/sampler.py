@@ -11,17 +11,21 @@ even in every kind of row are even in any time that is a sum over rows, so also 
 they fit the same static shapes.
 
 Every process plans for itself and must find the same, so nothing here depends on the order in which a machine
-adds: loads are integers below 2^53 in floating point, whose sums and products are exact.
+adds, or on whether it has a compiler: loads are integers in floating point whose sums and products stay below
+2^53 and are exact.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastchgnet.ops.cpu import groups, native
 
 Strategy = Literal["sequential", "paper", "lpt"]
 Sizes = NDArray[np.int64]
@@ -144,21 +148,35 @@ def _loads(sizes: Sizes, cost: Cost) -> NDArray[np.float64]:
 def _longest_first(
     loads: NDArray[np.float64], most: NDArray[np.int64], noise: NDArray[np.float64]
 ) -> list[NDArray[np.int64]]:
-    """Place the frames, the largest first, in the group whose load has the smallest product with theirs.
+    """Place the frames, the largest first, and collect the groups."""
+    order = np.argsort(-noise * loads.sum(1), kind="stable")
+    compiled = native.library()
+    place = _place if compiled is None else partial(groups.place, compiled)
+    group_of = np.empty(len(loads), dtype=np.int64)
+    group_of[order] = place(loads[order], most)
+    return np.split(
+        np.argsort(group_of, kind="stable"), np.bincount(group_of, minlength=len(most)).cumsum()[:-1]
+    )
 
-    There the sum over the groups of their squared loads grows least. A full group takes no more.
+
+def _place(loads: NDArray[np.float64], most: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place frames, in turn, in the group whose load has the smallest product with theirs.
+
+    There the sum over the groups of their squared loads grows least. A full group takes no more; of equal
+    products the first counts.
     """
     taken = np.zeros((len(most), loads.shape[1]))
+    of_group = list(taken)
     full = np.where(most > 0, 0.0, np.inf)
+    room = most.tolist()
     score = np.empty(len(most))
-    groups: list[list[int]] = [[] for _ in most]
-    order = np.argsort(-noise * loads.sum(1), kind="stable")
-    for frame, load in zip(order.tolist(), loads[order], strict=True):
+    group_of = np.empty(len(loads), dtype=np.int64)
+    for frame, load in enumerate(loads):
         np.dot(taken, load, out=score)
         score += full
-        chosen = int(score.argmin())
-        taken[chosen] += load
-        groups[chosen].append(frame)
-        if len(groups[chosen]) == most[chosen]:
+        group_of[frame] = chosen = int(score.argmin())
+        of_group[chosen] += load
+        room[chosen] -= 1
+        if room[chosen] == 0:
             full[chosen] = np.inf
-    return [np.sort(np.array(group, dtype=np.int64)) for group in groups]
+    return group_of
