@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastchgnet.bench import timing
-from fastchgnet.bench.frames import ATOM_CUTOFF, BOND_CUTOFF
 from fastchgnet.bench.rows import Row, environment
 from fastchgnet.bench.session import Session
-from fastchgnet.config import Provenance, RunConfig
-from fastchgnet.data.formats import read_frames
-from fastchgnet.data.store import Store, write_store
-from fastchgnet.device_graph import count_candidates
-from fastchgnet.neighbors import graph_sizes
-from fastchgnet.prediction import systems_from_frames
+from fastchgnet.bench.steps import file_sizes, fit_steps, global_batches, time_steps, trainer_on
 from fastchgnet.report import Table
 from fastchgnet.train.batches import Batches
-from fastchgnet.train.loop import Trainer
-from fastchgnet.train.rooms import Rooms, frame_sizes
-from fastchgnet.train.sampler import DEFAULT_COST, Cost, Strategy, fit_cost, share
-from fastchgnet.train.setup import Frames, reproducible
-from fastchgnet.train.source import DeviceGraphs
+from fastchgnet.train.rooms import Rooms
+from fastchgnet.train.sampler import DEFAULT_COST, Cost, Strategy, share
 
 RANKS, PER_RANK = (4, 8, 16, 32), (32, 64, 128)
 """Cases unless others are asked for."""
@@ -63,9 +49,7 @@ def run(session: Session, ranks: Sequence[int], measure: bool) -> list[Row]:
     cases = [(n, size) for n in ranks for size in options.batches or PER_RANK]
     measured = measure_steps(session, *cases[0]) if measure else None
     cost = DEFAULT_COST if measured is None else Cost(**measured["cost"])
-    systems = systems_from_frames(read_frames(options.frames))
-    sizes = graph_sizes(systems, ATOM_CUTOFF, BOND_CUTOFF)
-    candidates = count_candidates(systems.cell, systems.pbc, sizes[:, 0], ATOM_CUTOFF)
+    sizes = file_sizes(options.frames)
     found: list[Row] = []
     for n_ranks, size in cases:
         session.say(f"balance: {n_ranks} ranks with {size} frames each")
@@ -78,13 +62,13 @@ def run(session: Session, ranks: Sequence[int], measure: bool) -> list[Row]:
             "environment": environment(session.device),
             "case": {"ranks": n_ranks, "frames_per_rank": size, "global_batches": N_BATCHES},
             "cost": {**cost._asdict(), "of": "operations" if measured is None else "measured steps"},
-            "strategies": simulate(sizes, n_ranks, size, cost, options.seed),
+            "strategies": simulate(sizes[:, :4], n_ranks, size, cost, options.seed),
         }
         if found:
             for plan in row["strategies"].values():
                 del plan["features"]  # drawn for the first case only
         if n_ranks == cases[0][0]:
-            row["fillers"] = fillers(np.column_stack([sizes, candidates]), size, options.seed)
+            row["fillers"] = fillers(sizes, size, options.seed)
         found.append(row)
     if measured is not None:
         found[0]["measured"] = measured
@@ -96,7 +80,7 @@ def simulate(
 ) -> dict[str, dict[str, Any]]:
     """Divide global batches by every strategy and describe how even the shares are."""
     plans: dict[str, list[dict[str, Any]]] = {strategy: [] for strategy in STRATEGIES}
-    for batch in _global_batches(len(sizes), n_ranks * per_rank, seed):
+    for batch in global_batches(len(sizes), n_ranks * per_rank, seed, N_BATCHES):
         loads = {"features": sizes[batch][:, [0, 1, 3]].sum(1), "cost": cost.of(sizes[batch])}
         for strategy in STRATEGIES:
             start = time.process_time()
@@ -132,13 +116,6 @@ def evenness(loads: NDArray) -> dict[str, float]:
     return {"cv": float(loads.std() / loads.mean()), "efficiency": float(loads.mean() / loads.max())}
 
 
-def _global_batches(n_frames: int, size: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    rng = np.random.default_rng(seed)
-    n_epochs = -(-N_BATCHES * size // n_frames)
-    order = np.concatenate([rng.permutation(n_frames) for _ in range(n_epochs)])
-    yield from order[: N_BATCHES * size].reshape(N_BATCHES, size)
-
-
 def _summary(plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over the batches, the median time of planning, and the range of features batch by batch."""
     names = [f"{key}_{load}" for load in ("features", "cost") for key in ("cv", "efficiency")]
@@ -155,78 +132,28 @@ def measure_steps(session: Session, n_ranks: int, per_rank: int) -> Row:
     Raises:
         InputError: there are fewer frames than that.
     """
-    readout, on_cpu = session.options.readouts[0], session.device.type == "cpu"
-    with _trainer(session, n_ranks * per_rank, readout) as trainer:
-        sizes = trainer.train.store.sizes.astype(np.int64)
-        first = share(sizes, n_ranks, "sequential")
+    readout, rounds = session.options.readouts[0], session.options.rounds
+    with trainer_on(session, n_ranks * per_rank, readout) as trainer:
         session.say(f"balance: fitting the cost to {2 * n_ranks} steps of {readout} training")
-        # halves, so that what a step takes in any case can be told from what its frames take
-        batches = [*first, *(one[: len(one) // 2] for one in first if len(one) > 1)]
-        seconds = _time_steps(trainer, batches, session, on_cpu)
-        rows = np.array([[len(one), *sizes[one].sum(0)] for one in batches])
-        cost = fit_cost(rows, seconds)
-        fitted = rows[:, [0, 1, 2, 4]] @ np.array(cost[:4]) + cost.step
-        shares = {strategy: share(sizes, n_ranks, strategy, cost) for strategy in STRATEGIES}
+        fit = fit_steps(trainer, n_ranks, rounds)
+        sizes = trainer.train.store.sizes.astype(np.int64)
+        shares = {strategy: share(sizes, n_ranks, strategy, fit.cost) for strategy in STRATEGIES}
         session.say(f"balance: {len(STRATEGIES) * n_ranks} steps of ranks in turn")
-        times = _time_steps(trainer, [one for each in shares.values() for one in each], session, on_cpu)
+        times = time_steps(trainer, [one for each in shares.values() for one in each], rounds)
     by_strategy = dict(zip(STRATEGIES, times.reshape(len(STRATEGIES), n_ranks), strict=True))
     return {
-        "cost": cost._asdict(),
-        "seconds_of": "cpu" if on_cpu else "wall",
-        "fit_relative_error": float(np.std(fitted / seconds - 1)),
+        **fit.as_dict(),
         "strategies": {
             strategy: {
                 **evenness(of_ranks),
                 "seconds": of_ranks.tolist(),
                 "efficiency_cost": evenness(
-                    np.array([cost.of(sizes[one]).sum() for one in shares[strategy]])
+                    np.array([fit.cost.of(sizes[one]).sum() for one in shares[strategy]])
                 )["efficiency"],
             }
             for strategy, of_ranks in by_strategy.items()
         },
     }
-
-
-@contextmanager
-def _trainer(session: Session, n_frames: int, readout: str) -> Iterator[Trainer]:
-    """Set a training run up on the first frames of the pool."""
-    workload = session.pool.workload(n_frames)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_store(workload.frames, folder / "store", Provenance(name="bench"))
-        frames = Frames(Store(folder / "store"), np.arange(n_frames))
-        values = {
-            "model": {"readout": readout},
-            "data": {"train": folder / "store"},
-            "train": {"out": folder / "run", "device": session.device.type},
-        }
-        log = logging.getLogger("fastchgnet.references")
-        log.disabled = True  # few frames may not determine all reference energies
-        trainer = Trainer(RunConfig.model_validate(values), frames, frames, session.device, None)
-        log.disabled = False
-        trainer.potential.train()
-        yield trainer
-
-
-def _time_steps(
-    trainer: Trainer, batches: Sequence[NDArray[np.int64]], session: Session, on_cpu: bool
-) -> NDArray[np.float64]:
-    """Time a step on each batch: the shortest of the rounds, since whatever disturbs a step prolongs it."""
-    source, frames = trainer.take_step.source, trainer.train
-    if isinstance(source, DeviceGraphs):
-        source.rooms = Rooms(frame_sizes(frames.store, frames.indices, ATOM_CUTOFF, BOND_CUTOFF), batches)
-    seconds = np.full((session.options.rounds, len(batches)), np.inf)
-    with reproducible(session.device):
-        for number in range(-1, session.options.rounds):
-            # The first round warms up: one step on a CPU, on a GPU two of each to record it.
-            chosen = list(batches) if number >= 0 or not on_cpu else list(batches[:1])
-            for place, work in enumerate(trainer.load(frames, chosen)):
-                if number < 0:
-                    timing.warm_up(lambda work=work: trainer.step(work), session.device)  # type: ignore[misc]
-                else:
-                    wall, cpu = timing.sample(lambda work=work: trainer.step(work), 1, session.device)  # type: ignore[misc]
-                    seconds[number, place] = cpu if on_cpu else wall
-    return seconds.min(0)
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
