@@ -125,6 +125,36 @@ def balance(
     show(rows, as_json, bench.tables)
 
 
+@app.command(epilog="Example: fastchgnet bench lr --train runs/train --val runs/val --out learning-rate.json")
+def lr(
+    train: Annotated[Path, typer.Option(help="Store of training frames, from `fastchgnet prepare`.")],
+    val: Annotated[Path | None, typer.Option(help="That of validation frames; default: a split.")] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Frames in a large batch.")] = 2048,
+    base_batch: Annotated[int, typer.Option(min=1, help="Frames for which the rate is meant.")] = 128,
+    rate: Annotated[float, typer.Option(help="Highest learning rate for base batches.")] = 3e-4,
+    epochs: Annotated[int, typer.Option(min=1, help="Of each run.")] = 30,
+    readout: Annotated[ReadoutName, typer.Option(help="Of the model.")] = ReadoutName.conservative,
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights and order of frames.")] = 0,
+    label: Label = "",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Train in large batches with the default learning rate and the scaled one, and in base batches."""
+    from fastchgnet.bench import learning
+    from fastchgnet.bench.rows import append, check_out
+
+    check_out(out)
+    asked = learning.Comparison(
+        train, val, batch, base_batch, rate, epochs, readout.value, device, threads, seed, label
+    )
+    rows = learning.run(asked, _say)
+    if out is not None:
+        append(out, rows)
+    show(rows, as_json, learning.tables)
+
+
 @app.command(epilog="Example: fastchgnet bench md --frames LiMnO2.cif --repeat 4x4x2 --threads 2")
 def md(
     frames: Annotated[list[Path], typer.Option(help="File of a crystal; its first frame. Repeatable.")],
@@ -175,7 +205,7 @@ def plot(
     rows: Annotated[Path, typer.Argument(help="JSON list of rows from one device.")],
     out: Annotated[Path, typer.Option(help="Write this PNG.")],
 ) -> None:
-    """Draw the rows of training and inference as steps of the optimisation, or those of balance."""
+    """Draw the rows of training and inference as steps of the optimisation, or those of balance or lr."""
     from fastchgnet.bench.plot import draw
 
     draw(rows, out)
@@ -184,12 +214,13 @@ def plot(
 @app.command(epilog="Example: fastchgnet bench table benchmarks/results/performance-cpu.json")
 def table(rows: Annotated[Path, typer.Argument(help="JSON list of rows from one device.")]) -> None:
     """Print rows as a Markdown table, as docs/performance.md has it."""
-    from fastchgnet.bench import table_ii
+    from fastchgnet.bench import learning, table_ii
     from fastchgnet.bench.rows import markdown, read, tables
 
     found = read(rows)
-    steps = all(row["command"] == "md" for row in found)
-    print(markdown(found, table_ii.tables if steps else tables), end="")
+    commands = {row["command"] for row in found}
+    own = {"md": table_ii.tables, "lr": learning.tables}
+    print(markdown(found, next((own[name] for name in own if commands == {name}), tables)), end="")
 
 
 def _say(line: str) -> None:

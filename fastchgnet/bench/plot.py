@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastchgnet.bench import balance_plot
+from fastchgnet.bench import balance_plot, learning_plot
 from fastchgnet.bench.rows import Row, read
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
@@ -23,20 +23,24 @@ TITLES = {
     ("infer", "conservative"): "Inference, conservative",
     ("infer", "direct"): "Inference, direct",
 }
+OTHERS = {"balance": balance_plot.figure, "lr": learning_plot.figure}
+"""Figures of rows of one command, which are kept in files of their own."""
+
 BASELINE = f"chgnet {CHGNET_VERSION}"
 
 
 def draw(source: Path, out: Path) -> None:
-    """Draw the training and inference rows of a file, or its rows of balance, as a PNG.
+    """Draw the training and inference rows of a file, or its rows of balance or learning rates, as a PNG.
 
     Raises:
         InputError: no such rows, rows of several devices, no matplotlib, or `out` cannot be written.
     """
     require_matplotlib()
     every = read(source)
-    if every and all(row["command"] == "balance" for row in every):
-        write_atomically(out, png(balance_plot.figure(every)))
-        return
+    for command, figure_of in OTHERS.items():
+        if every and all(row["command"] == command for row in every):
+            write_atomically(out, png(figure_of(every)))
+            return
     rows = [row for row in every if (row["command"], row["readout"]) in TITLES]
     if not rows:
         raise InputError(f"{source}: no rows of training or inference")
