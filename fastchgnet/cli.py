@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastchgnet.bench.cli import app as bench
-from fastchgnet.errors import InputError
+from fastchgnet.errors import InputError, ToldElsewhere
 
 app = typer.Typer(
     name="fastchgnet",
@@ -34,11 +34,15 @@ def train(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a potential; Ctrl-C stops between two steps, and --resume continues there."""
+    """Train a potential; Ctrl-C stops between two steps, and --resume continues there.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m fastchgnet train CONFIG --resume
+    """
     from fastchgnet.train.progress import train_in_terminal
+    from fastchgnet.train.ranks import is_first
 
     summary = train_in_terminal(config, overrides or [], resume)
-    if as_json:
+    if as_json and is_first():
         print(json.dumps(summary.as_dict(), indent=2))
     if not summary.finished:
         raise typer.Exit(130)
@@ -297,6 +301,8 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
+    except ToldElsewhere:
+        sys.exit(2)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -150,9 +150,14 @@ class DataConfig(Section):
         None, description="Store of validation frames; without one, the splits of the training store."
     )
     split_seed: int = Field(0, ge=0, description="Seed of the splits, where there is no `val`.")
-    batch_size: int = Field(32, gt=0, description="Most frames in a batch.")
+    batch_size: int = Field(32, gt=0, description="Most frames in a batch, that of all processes together.")
     balance: Literal["lpt", "paper", "sequential"] = Field(
         "lpt", description="How frames are divided into batches of even size; sequential leaves it to chance."
+    )
+    accumulate: int = Field(
+        1,
+        gt=0,
+        description="Parts in which each process takes its share of a batch, one by one: less memory.",
     )
     resident: Literal["auto", "off"] = Field(
         "auto", description="Frames live in the GPU's memory where they take little of it, or are sent to it."
@@ -180,6 +185,9 @@ class TrainConfig(Section):
     )
     checkpoint_minutes: float = Field(
         10.0, gt=0, description="Longest time between two checkpoints within an epoch."
+    )
+    timeout_minutes: float = Field(
+        10.0, gt=0, description="Longest wait of one process for another, of several that share the run."
     )
 
     @model_validator(mode="after")

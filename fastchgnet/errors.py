@@ -9,3 +9,7 @@ class InputError(ValueError):
     The command line prints the message and exits with status 2; a library caller catches it as a
     ValueError. Nothing else in the package turns exceptions into text.
     """
+
+
+class ToldElsewhere(InputError):
+    """Bad input that another process of the same run reports; this one ends without a word."""

@@ -17,7 +17,7 @@ from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.padding import Capacity, pad, pad_labels, rows_of
 from fastchgnet.train.optim import Optimizer
 from fastchgnet.train.source import Made
-from fastchgnet.train.step import Step
+from fastchgnet.train.step import Inputs, Step
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -38,5 +38,6 @@ def test_a_step_stays_on_its_device(config: ModelConfig, padded: bool) -> None:
         capacity = Capacity(*(n + 3 for n in rows_of(batch)))
         batch, labels = pad(batch, capacity), pad_labels(labels, capacity)
     made = Made(batch, labels, torch.ones((), dtype=torch.bool, device="meta"))
-    health = step([made, made], torch.zeros(3, device="meta"))
+    by_sums = torch.ones(4, dtype=torch.float64, device="meta")
+    health = step([made, made], Inputs(by_sums, *(torch.zeros(n, device="meta") for n in (3, 2))))
     assert {t.device.type for t in (health, step.sums.huber, *average(batch))} == {"meta"}

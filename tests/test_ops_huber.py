@@ -40,9 +40,3 @@ def test_there_is_no_second_derivative(case: Case) -> None:
     (first,) = torch.autograd.grad(sums[0].sum(), predicted[0], create_graph=True)
     with pytest.raises(RuntimeError):
         first.sum().backward()
-
-
-def test_counts_need_no_prediction(batch: Batch, output: Output, labels: Labels) -> None:  # noqa: F811
-    labels.forces[1:3] = torch.nan
-    found = huber.label_counts(labels, batch)
-    assert found.tolist() == huber.huber_sums(output, labels, batch, 0.1)[2].tolist() == [3, 12, 18, 6]

@@ -25,15 +25,15 @@ from fastchgnet.errors import InputError
 from fastchgnet.graph import Labels
 from fastchgnet.record import Recorder
 from fastchgnet.train import loop
-from fastchgnet.train.batches import Batches
+from fastchgnet.train.batches import Batches, Division, validation_batches
 from fastchgnet.train.loop import Trainer
 from fastchgnet.train.optim import Optimizer
 from fastchgnet.train.resident import ResidentFrames
 from fastchgnet.train.rooms import Room, Rooms, frame_sizes
 from fastchgnet.train.sampler import Strategy
 from fastchgnet.train.setup import Frames, blank_potential
-from fastchgnet.train.source import DeviceGraphs, HostGraphs, Source, open_sources
-from fastchgnet.train.step import Step, Steps
+from fastchgnet.train.source import DeviceGraphs, HostGraphs, Planning, Source, open_sources
+from fastchgnet.train.step import Inputs, Outcome, Step, Steps
 
 CPU = torch.device("cpu")
 CUTOFFS = (3.5, 3.0)
@@ -58,19 +58,20 @@ def everything(store: Store) -> Frames:
     return Frames(store, np.arange(len(store)))
 
 
-def rooms_for(frames: Frames, batches: Sequence[np.ndarray]) -> Rooms:
-    return Rooms(frame_sizes(frames.store, frames.indices, *CUTOFFS), batches)
+def planning_for(frames: Frames, batches: Sequence[np.ndarray], n_parts: int = 1) -> Planning:
+    sizes = frame_sizes(frames.store, frames.indices, *CUTOFFS)
+    return Planning(sizes, batches, Division(sizes, n_parts=n_parts))
 
 
 class CalledAgain:
     """A recording that calls the function again."""
 
-    def __init__(self) -> None:
-        self.n_recorded, self.n_replayed = 0, 0
+    def __init__(self, n_results: int = len(Outcome._fields)) -> None:
+        self.n_results, self.n_recorded, self.n_replayed = n_results, 0, 0
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.n_recorded += 1
-        result = torch.zeros(2, dtype=torch.float64)
+        result = torch.zeros(self.n_results, dtype=torch.float64)
 
         def replay() -> None:
             self.n_replayed += 1
@@ -91,10 +92,11 @@ def make_trainer(config: RunConfig, stores: Path, monkeypatch: pytest.MonkeyPatc
             if choice == "host":
                 return host[0], host[1]
             resident = ResidentFrames(train.store, CPU) if choice == "resident" else None
-            rooms = rooms_for(train, batches_of(config))
-            return DeviceGraphs(train, given[2], rooms, resident), host[1]  # type: ignore[arg-type]
+            planning = planning_for(train, batches_of(config), n_parts)
+            return DeviceGraphs(train, given[2], planning, resident), host[1]  # type: ignore[arg-type]
 
         monkeypatch.setattr(loop, "open_sources", open_sources)
+        n_parts = sections.get("data", {}).get("accumulate", 1)
         changed = {name: getattr(config, name).model_copy(update=new) for name, new in sections.items()}
         trainer = Trainer(config.model_copy(update=changed), train, val, CPU, None)
         trainer.potential.train()
@@ -135,12 +137,13 @@ def test_recorded_steps_are_those_on_graphs_of_the_host(
     model = {"readout": readout}
     expected, found = (make_trainer(name, model=model) for name in ("host", choice))
     record = CalledAgain()
-    found.take_step = Steps(found.take_step.step, found.take_step.source, record)
+    steps = found.take_step
+    found.take_step = Steps(steps.step, steps.source, steps.division, steps.weigh, record)
     batches = batches_of(config) + batches_of(config, epoch=1)
     for trainer in (expected, found):
         advance(trainer, batches)
     assert_same_state(found, expected)
-    rooms = {found.take_step.source.prepare(batch).room for batch in batches}
+    rooms = {found.take_step.prepare(batch).room for batch in batches}
     assert None not in rooms
     assert record.n_recorded == len(rooms) and record.n_replayed == len(batches) - len(rooms)
 
@@ -179,8 +182,26 @@ def test_out_of_memory_halves_the_batch_once(
     (warning,) = caplog.messages
     assert "out of memory on 5 frames" in warning
     out_of_memory_above(found, 1)
-    with pytest.raises(InputError, match="even on half a batch"):
+    with pytest.raises(InputError, match="5 frames, taken in 2 parts; choose a larger"):
         advance(found, batches_of(config))
+
+
+@pytest.mark.parametrize("choice", ["host", "resident", "sent"])
+@pytest.mark.parametrize("n_parts", [2, 7])
+def test_a_batch_taken_in_parts_is_the_same_batch(
+    make_trainer: Callable[..., Trainer], config: RunConfig, choice: str, n_parts: int
+) -> None:
+    """Recorded, too, and where frames are too few for all parts."""
+    expected, found = make_trainer("host"), make_trainer(choice, data={"accumulate": n_parts})
+    steps, record = found.take_step, CalledAgain()
+    found.take_step = Steps(steps.step, steps.source, steps.division, steps.weigh, record)
+    batches = batches_of(config) + batches_of(config, epoch=1)
+    for trainer in (expected, found):
+        advance(trainer, batches)
+    assert_same_state(found, expected)
+    sizes = [len(part) for part in steps.division(batches[0])]
+    assert len(sizes) == n_parts and sum(sizes) == 5 and max(sizes) < 5
+    assert bool(record.n_replayed) == (choice != "host")
 
 
 def test_a_store_that_counts_too_little_is_told(
@@ -191,7 +212,7 @@ def test_a_store_that_counts_too_little_is_told(
     assert isinstance(source, DeviceGraphs)
     room = source.rooms.rooms[-1]
     small = Room(room.capacity._replace(long_bonds=room.capacity.long_bonds // 4), room.n_candidates)
-    monkeypatch.setattr(source, "rooms", lambda positions: small)
+    monkeypatch.setattr(source, "rooms", lambda parts: small)
     with pytest.raises(InputError, match="larger than their store says; prepare it again; frames emt:"):
         advance(trainer, batches_of(config))
 
@@ -232,17 +253,19 @@ def test_the_host_sees_nothing_of_a_step(config: RunConfig, stores: Path, readou
     model = config.model.model_copy(update={"readout": readout})
     frames = everything(Store(stores / "train"))
     first = blank_potential(config.model_copy(update={"model": model}), frames, CPU)
-    rooms = rooms_for(frames, batches_of(config))
+    planning, batch = planning_for(frames, batches_of(config)), batches_of(config)[0]
     resident = ResidentFrames(frames.store, torch.device("meta")) if choice == "resident" else None
-    item = DeviceGraphs(frames, first, rooms, resident).prepare(batches_of(config)[0])
+    source = DeviceGraphs(frames, first, planning, resident)
+    room = source.room([batch])
+    item = source.prepare(batch, room)
     potential = copy.deepcopy(first).to("meta").train()
-    source = DeviceGraphs(frames, potential, rooms, resident)
+    source = DeviceGraphs(frames, potential, planning, resident)
     optimizer = Optimizer(potential, copy.deepcopy(potential).eval(), clip_norm=1.0)
     step = Step(potential, optimizer, config.loss)
     tensors = [t.to("meta") for t in item.tensors]
-    sizes = torch.zeros(3, dtype=torch.float64, device="meta")
+    inputs = Inputs(*(torch.zeros(n, dtype=torch.float64, device="meta") for n in (4, 3, 2)))
     with OnOneDevice():
-        assert step([source.make(tensors, item.room)], sizes).shape == (2,)
+        assert step([source.make(tensors, room)], inputs).shape == (5,)
 
 
 # rooms
@@ -251,15 +274,21 @@ def test_the_host_sees_nothing_of_a_step(config: RunConfig, stores: Path, readou
 def test_rooms_hold_what_they_were_planned_for() -> None:
     sizes = np.random.default_rng(0).lognormal(3, 0.8, (300, 1)).astype(np.int64) * [1, 68, 4, 60, 400]
     batches = [batch for epoch in range(10) for batch in random_batches(300, 7, epoch)]
-    rooms = Rooms(sizes, batches)
-    chosen = [rooms(batch) for batch in batches]
+    rooms = Rooms(sizes, [[batch] for batch in batches])
+    chosen = [rooms([batch]) for batch in batches]
     assert set(chosen) == set(rooms.rooms) and 3 < len(rooms.rooms) <= 5
     taken = [sum(room == one for room in chosen) / len(chosen) for one in rooms.rooms]
     assert taken[0] >= 0.25 and taken[-1] <= 0.05 + 1 / len(chosen)
-    assert rooms(np.arange(300)) is None
-    half = rooms.halved()
-    assert all(half(part) for batch in batches for part in np.array_split(batch, 2))
-    assert half.rooms[-1].n_candidates < rooms.rooms[-1].n_candidates
+    assert rooms([np.arange(300)]) is None
+    division = Division(sizes, n_ranks=2).halved()
+    parts = [division(batch) for batch in batches]
+    for batch, four in zip(batches, parts, strict=True):
+        assert len(four) == 4 and sorted(np.concatenate(four)) == sorted(batch)
+    quarters = Rooms(sizes, parts)
+    assert all(quarters(four) for four in parts)
+    # one room for all parts of a batch, even for one without frames, is that of the largest
+    assert quarters([parts[0][0], np.array([], dtype=np.int64)]) in quarters.rooms
+    assert 2 * quarters.rooms[-1].n_candidates < rooms.rooms[-1].n_candidates
 
 
 @pytest.mark.parametrize("balance", ["sequential", "lpt"])
@@ -270,16 +299,17 @@ def test_a_run_has_room_for_every_batch(config: RunConfig, stores: Path, balance
     sizes = frame_sizes(train.store, train.indices, 6.0, 3.0)
     batches = Batches(sizes, data.batch_size, config.train.seed, balance)
     elsewhere = blank_potential(config, train, CPU).to("meta")  # any device that is not the CPU
-    sources = open_sources(train, val, elsewhere, config, batches)
+    division = Division(sizes, balance)
+    sources = open_sources(train, val, elsewhere, config, batches, division)
     assert all(isinstance(source, DeviceGraphs) for source in sources)
     for epoch in range(config.train.epochs):
-        assert all(sources[0].rooms(batch) for batch in batches.epoch(epoch))  # type: ignore[attr-defined]
-    assert all(sources[1].rooms(part) for part in np.array_split(np.arange(6), 2))  # type: ignore[attr-defined]
+        assert all(sources[0].room([batch]) for batch in batches.epoch(epoch))
+    assert all(sources[1].room([part]) for part in validation_batches(6, data.batch_size, division))
 
 
 def test_rooms_for_frames_without_angles() -> None:
-    rooms = Rooms(np.array([[1, 0, 0, 0, 1]] * 6), [np.arange(3), np.arange(3, 6)])
-    assert rooms(np.arange(3)) == rooms.rooms[-1] and len(rooms.rooms) == 1
+    rooms = Rooms(np.array([[1, 0, 0, 0, 1]] * 6), [[np.arange(3)], [np.arange(3, 6)]])
+    assert rooms([np.arange(3)]) == rooms.rooms[-1] and len(rooms.rooms) == 1
 
 
 def test_sizes_are_counted_where_the_cutoffs_are_others(stores: Path) -> None:
@@ -311,7 +341,7 @@ def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_what_has_no_shapes_of_its_own_is_not_recorded() -> None:
-    record = CalledAgain()
+    record = CalledAgain(n_results=2)
     recorder = Recorder(lambda shapes, inputs: torch.cat([inputs[0], inputs[0]]), record)
     for shapes, n in ((None, 1), ("a", 1), (None, 2), ("a", 1), ("a", 1)):
         assert recorder(shapes, [torch.ones(n)]).tolist() == [1] * (2 * n)

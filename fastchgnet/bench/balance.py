@@ -100,8 +100,8 @@ def fillers(sizes: NDArray[np.int64], batch_size: int, seed: int) -> dict[str, d
     for strategy in STRATEGIES:
         batches = Batches(sizes, batch_size, seed, strategy)
         made = [batch for epoch in range(N_EPOCHS) for batch in batches.epoch(epoch)]
-        rooms = Rooms(sizes, made)
-        capacities = [room.capacity for room in map(rooms, made) if room is not None]
+        rooms = Rooms(sizes, [[batch] for batch in made])
+        capacities = [room.capacity for room in (rooms([batch]) for batch in made) if room is not None]
         atoms, edges, short, angles, _ = sum(sizes[batch].sum(0) for batch in made)
         real = {"atoms": atoms, "short_bonds": short, "long_bonds": edges // 2 - short, "angles": angles}
         found[strategy] = {

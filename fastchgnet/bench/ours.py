@@ -75,7 +75,7 @@ def training(workload: Workload, readout: str, device: torch.device) -> Iterator
         def build() -> None:
             if device.type == "cuda":
                 (item,) = prepared.parts
-                trainer.take_step.source.make(item.tensors, item.room)
+                trainer.take_step.source.make(item.tensors, prepared.room)
             else:
                 trainer.potential.build_graph(systems)
 

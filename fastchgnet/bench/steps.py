@@ -114,7 +114,9 @@ def time_steps(trainer: Trainer, batches: Sequence[NDArray[np.int64]], n_rounds:
     device, source, frames = trainer.device, trainer.take_step.source, trainer.train
     on_cpu = device.type == "cpu"
     if isinstance(source, DeviceGraphs):
-        source.rooms = Rooms(frame_sizes(frames.store, frames.indices, ATOM_CUTOFF, BOND_CUTOFF), batches)
+        source.rooms = Rooms(
+            frame_sizes(frames.store, frames.indices, ATOM_CUTOFF, BOND_CUTOFF), [[one] for one in batches]
+        )
     seconds = np.full((n_rounds, len(batches)), np.inf)
     with reproducible(device):
         for number in range(-1, n_rounds):

@@ -42,12 +42,6 @@ def huber_sums(output: Output, labels: Labels, batch: Batch, delta: float) -> Te
     return _huber(*predicted, *known, batch.n_atoms, batch.volume, delta)
 
 
-def label_counts(labels: Labels, batch: Batch) -> Tensor:
-    """Count the labels present, [4] int64, in the order of `huber_sums`."""
-    known = _present((labels.energy, labels.forces, labels.stress, labels.magmoms), batch.volume)
-    return torch.stack([present.sum() for present in known])
-
-
 def _present(labels: tuple[Tensor, ...], volume: Tensor) -> list[Tensor]:
     """Tell which labels are present."""
     present = [~torch.isnan(label) for label in labels]

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastchgnet.train.sampler import Sizes, Strategy, pack
+from fastchgnet.train.sampler import Sizes, Strategy, pack, share
 
 Argument = TypeVar("Argument")
 Item = TypeVar("Item")
@@ -73,6 +73,44 @@ class Batches:
         rule = f"1 {self._strategy} {self._seed} {self._n_batches} {self._n_pools}"  # 1: version of the rule
         sizes = np.ascontiguousarray(self._sizes, dtype="<i8")
         return hashlib.sha256(rule.encode() + sizes.tobytes()).hexdigest()
+
+
+class Division:
+    """How every batch is divided among processes, and each share into parts that are taken in turn.
+
+    Each process plans for all, and finds the same.
+
+    Args:
+        sizes: counts of each frame, as the sampler takes them.
+        strategy: how a batch is divided.
+        n_ranks: processes.
+        n_parts: parts of each share.
+    """
+
+    def __init__(self, sizes: Sizes, strategy: Strategy = "lpt", n_ranks: int = 1, n_parts: int = 1) -> None:
+        self._sizes, self._strategy = sizes, strategy
+        self.n_ranks, self.n_parts = n_ranks, n_parts
+
+    def __call__(self, batch: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return the parts of a batch, those of the first process first; few frames leave some empty."""
+        count = self.n_ranks * self.n_parts
+        if count == 1:
+            return [batch]
+        return [batch[places] for places in share(self._sizes[batch], count, self._strategy)]
+
+    def own(self, parts: list[NDArray[np.int64]], rank: int) -> list[NDArray[np.int64]]:
+        """Return those of one process."""
+        return parts[rank * self.n_parts : (rank + 1) * self.n_parts]
+
+    def halved(self) -> Division:
+        """Return the division into twice as many parts."""
+        return Division(self._sizes, self._strategy, self.n_ranks, 2 * self.n_parts)
+
+
+def validation_batches(n_frames: int, batch_size: int, division: Division) -> list[NDArray[np.int64]]:
+    """Cut frames, in their order, into batches about as large as a part of a training batch."""
+    size = math.ceil(batch_size / (division.n_ranks * division.n_parts))
+    return np.array_split(np.arange(n_frames), math.ceil(n_frames / size))
 
 
 def prefetch(

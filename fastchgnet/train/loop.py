@@ -1,4 +1,8 @@
-"""The training loop: plain PyTorch, top to bottom, and resumable between any two steps."""
+"""The training loop: plain PyTorch, top to bottom, and resumable between any two steps.
+
+Several processes run it side by side, each with its own share of every batch and with the same weights; what
+one of them decides, all do in the same step.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +13,29 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastchgnet.config import RunConfig, load_run_config
-from fastchgnet.device import pick_device, to_device
+from fastchgnet.config import RunConfig
 from fastchgnet.errors import InputError
-from fastchgnet.files import only_process, write_atomically
-from fastchgnet.loss import Tally, empty_tally, tally, total_loss
+from fastchgnet.loss import Tally, coefficients, empty_tally, tally, total_loss
 from fastchgnet.record import CudaGraphs
-from fastchgnet.train.batches import Batches, prefetch
-from fastchgnet.train.checkpoint import Progress, load_state, save_state
-from fastchgnet.train.log import RunLog, read_metrics
+from fastchgnet.train.batches import Batches, Division, prefetch, validation_batches
+from fastchgnet.train.checkpoint import Progress, save_state
+from fastchgnet.train.log import RunLog
 from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
+from fastchgnet.train.ranks import ALONE, Ranks
 from fastchgnet.train.rooms import frame_sizes
-from fastchgnet.train.setup import (
-    Frames,
-    blank_potential,
-    first_potential,
-    open_frames,
-    reproducible,
-    resolve,
-)
-from fastchgnet.train.signals import stop_request
+from fastchgnet.train.setup import Frames, blank_potential, first_potential
 from fastchgnet.train.source import open_sources
-from fastchgnet.train.step import Later, Step, Steps, Work
+from fastchgnet.train.step import Later, Outcome, Step, Steps, Work
 from fastchgnet.weights import save_potential
+
+State = tuple[dict[str, Tensor], Progress]
 
 
 class Watcher:
@@ -57,21 +51,6 @@ class Watcher:
         """Take the metrics of a finished epoch, as written to metrics.jsonl."""
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """How a call of `train` ended."""
-
-    folder: Path
-    finished: bool  # False where it was asked to stop; the run can be resumed
-    progress: Progress
-    last: dict | None  # metrics of the last finished epoch
-
-    def as_dict(self) -> dict:
-        """Describe it as JSON takes it."""
-        position = dataclasses.asdict(self.progress)
-        return {"folder": str(self.folder), "finished": self.finished, **position, "last": self.last}
-
-
 class Unchecked(NamedTuple):
     """A step whose outcome the host has not looked at yet."""
 
@@ -80,74 +59,21 @@ class Unchecked(NamedTuple):
     positions: NDArray[np.int64]
 
 
-def train(config: RunConfig, resume: bool = False, watcher: Watcher | None = None) -> Summary:
-    """Train a potential as `config` says and keep everything in the folder `config.train.out`.
-
-    Ctrl-C or SIGTERM ends it between two steps with everything saved. On the CPU a resumed run gives
-    the same numbers, bit for bit, as one that was never interrupted.
-
-    Args:
-        config: the run.
-        resume: continue the run in the folder, or start it where there is none yet.
-        watcher: told what happens.
-
-    Raises:
-        InputError: bad data, weights or device; a folder that holds another run, or a run without
-            `resume`; a loss that is not a number, naming the frames.
-    """
-    config = resolve(config)
-    state = _find_state(config, resume)
-    frames = open_frames(config.data)
-    device = pick_device(config.train.device)
-    with reproducible(device), only_process(config.train.out), stop_request() as stop:
-        trainer = Trainer(config, *frames, device, state)
-        if state is None:
-            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            trainer.save_state()
-            write_atomically(config.train.out / "config.yaml", text)
-        with RunLog(config.train.out, trainer.progress.epoch) as log:
-            finished = trainer.run(stop, log, watcher or Watcher())
-    rows = read_metrics(config.train.out)
-    return Summary(config.train.out, finished, trainer.progress, rows[-1] if rows else None)
-
-
-_HOW = {"train": {"out", "device", "capture", "checkpoint_minutes"}, "data": {"resident"}}
-"""Settings that a resumed run may change: how it is run, not what."""
-
-State = tuple[dict[str, Tensor], Progress]
-
-
-def _find_state(config: RunConfig, resume: bool) -> State | None:
-    """Load the state of the run in the folder, having made sure that it is this run."""
-    folder = config.train.out
-    if not (folder / "config.yaml").exists():
-        leftover = load_state(folder / "state")
-        if leftover is not None and leftover[1].step > 0:
-            raise InputError(f"{folder}: holds states but no config.yaml; choose another train.out")
-        return None
-    if not resume:
-        raise InputError(f"{folder}: already holds a run; --resume continues it, or choose another train.out")
-    before, now = (
-        c.model_dump(mode="json", exclude=_HOW) for c in (load_run_config(folder / "config.yaml"), config)
-    )
-    changed = [f"{part}.{key}" for part in now for key in now[part] if now[part][key] != before[part][key]]
-    if changed:
-        raise InputError(f"{folder}: cannot resume, the run there has another {', '.join(changed)}")
-    state = load_state(folder / "state")
-    if state is None:
-        raise InputError(f"{folder}: holds a run whose state is missing; choose another train.out")
-    return state
-
-
 class Trainer:
     """A run in memory: the potential, its running average, the optimizer and the position."""
 
     def __init__(
-        self, config: RunConfig, train: Frames, val: Frames, device: torch.device, state: State | None
+        self,
+        config: RunConfig,
+        train: Frames,
+        val: Frames,
+        device: torch.device,
+        state: State | None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Build a run anew, or as `state` left it."""
+        """Build a run anew, or as `state` left it; among several processes `align` comes next."""
         self.config, self.train, self.val, self.folder = config, train, val, config.train.out
-        self.device = device
+        self.device, self.ranks = device, ranks
         build = first_potential if state is None else blank_potential
         self.potential = build(config, train, self.device)
         self.average = copy.deepcopy(self.potential).eval()
@@ -157,30 +83,39 @@ class Trainer:
         sizes = frame_sizes(train.store, train.indices, plan.atom_cutoff, plan.bond_cutoff)
         data = config.data
         self.batches = Batches(sizes, data.batch_size, config.train.seed, data.balance)
-        train_source, self.val_source = open_sources(train, val, self.potential, config, self.batches)
-        step = Step(self.potential, self.optimizer, config.loss)
+        division = Division(sizes, data.balance, ranks.count, data.accumulate)
+        sources = open_sources(train, val, self.potential, config, self.batches, division)
+        train_source, self.val_source = sources
+        step = Step(self.potential, self.optimizer, config.loss, ranks)
         self.sums = step.sums
-        captures = self.device.type == "cuda" and config.train.capture == "auto"
-        self.take_step = Steps(step, train_source, CudaGraphs() if captures else None)
+        record = CudaGraphs() if self.device.type == "cuda" and config.train.capture == "auto" else None
+        self.take_step = Steps(step, train_source, division, self._by_sums, record)
+        self._label_counts = train.label_counts()
         self.progress = Progress(frames=f"{train.fingerprint()} {self.batches.fingerprint()}")
         if state is not None:
             self._restore(*state)
         self.unchecked: Unchecked | None = None
+        self.told: Outcome | None = None  # of the last step that was looked at
         self.saved_at = time.monotonic()
 
-    def run(self, stop: threading.Event, log: RunLog, watcher: Watcher) -> bool:
+    def align(self) -> None:
+        """Take over from the first process what the next step depends on: the same, but for rounding."""
+        self.ranks.from_first_([*self._weights().values(), *self.optimizer.state().values()])
+
+    def run(self, stop: threading.Event, log: RunLog | None, watcher: Watcher) -> bool:
         """Train until the end, or until `stop` is set; return whether the end was reached."""
         for epoch in range(self.progress.epoch, self.config.train.epochs):
             batches = self.batches.epoch(epoch)
             n_done = sum(map(len, itertools.islice(batches, self.progress.batch)))
             watcher.start(epoch + 1, self.config.train.epochs, len(self.train.indices) - n_done)
             self.train_epoch(batches, stop, watcher)
-            means = None if stop.is_set() else self.validate(stop)
+            means = None if self.must_stop(stop) else self.validate(stop)
             if means is None:
                 self.save_state()
                 return False
             row = self.row(means)
-            log.append(row)
+            if log is not None:
+                log.append(row)
             self.finish_epoch(row)
             watcher.finish(row)
         return True
@@ -192,16 +127,22 @@ class Trainer:
         self.potential.train()
         before, start = self.progress.seconds, time.perf_counter()
         for work in self.load(self.train, batches):
-            self.step(work)
+            self.step(work, stop.is_set())
             p = self.progress
             seconds = before + time.perf_counter() - start
             self.progress = dataclasses.replace(p, step=p.step + 1, batch=p.batch + 1, seconds=seconds)
             watcher.advance(len(work.positions))
-            if stop.is_set():
+            if self.must_stop(stop):
                 break
-            if time.monotonic() - self.saved_at > 60 * self.config.train.checkpoint_minutes:
+            if self.told is not None and self.told.n_save:
                 self.save_state()
         self.check()
+
+    def must_stop(self, stop: threading.Event) -> bool:
+        """Tell whether the run is to stop here: of several processes, whether all know that by now."""
+        if self.ranks.count == 1:
+            return stop.is_set()
+        return self.told is not None and self.told.n_stop > 0
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step of this run."""
@@ -215,15 +156,23 @@ class Trainer:
         return prefetch(self.take_step.prepare if frames is self.train else self._prepare_val, batches)
 
     def _prepare_val(self, positions: NDArray[np.int64]) -> Work:
-        return Work(positions, (self.val_source.prepare(positions),))
+        room = self.val_source.room([positions])
+        item = self.val_source.prepare(positions, room)
+        return Work(positions, (item,), room, torch.empty(0), self.take_step.division)
 
-    def step(self, work: Work) -> None:
-        """Take one step of the optimizer."""
-        optim, step = self.config.optim, self.progress.step
-        sizes = torch.tensor(
-            step_sizes(step, self.learning_rate(step), optim.ema_decay), dtype=self.potential.dtype
-        )
-        health = self.take_step(work, to_device(sizes, self.device))
+    def _by_sums(self, positions: NDArray[np.int64]) -> Tensor:
+        """Derivative of the loss by the sums of each target, [4], from the labels of the whole batch."""
+        count = torch.from_numpy(self._label_counts[positions].sum(0))
+        return coefficients(count, torch.tensor(self.config.loss.weights, dtype=torch.float64))
+
+    def step(self, work: Work, stop: bool = False) -> None:
+        """Take one step of the optimizer; with `stop`, ask all processes to stop after it."""
+        optim, step, dtype = self.config.optim, self.progress.step, self.potential.dtype
+        self.ranks.at(f"step {step + 1}")
+        minutes = (time.monotonic() - self.saved_at) / 60
+        save = self.ranks.first and minutes > self.config.train.checkpoint_minutes
+        sizes = torch.tensor(step_sizes(step, self.learning_rate(step), optim.ema_decay), dtype=dtype)
+        health = self.take_step(work, sizes, torch.tensor([stop, save], dtype=dtype))
         # Looking at the step before this one keeps the device busy while the host waits for the answer.
         self.check()
         self.unchecked = Unchecked(Later(health), step + 1, work.positions)
@@ -233,16 +182,19 @@ class Trainer:
         last, self.unchecked = self.unchecked, None
         if last is None:
             return
-        health, fits = last.health.values()
-        if not fits:
+        with self.ranks.waiting():
+            self.told = Outcome(*last.health.values())
+        if self.told.n_unfit:
             names = self.train.names(last.positions)
-            raise InputError(f"graphs are larger than their store says; prepare it again; frames {names}")
-        if not math.isfinite(health):
-            self._refuse("loss or its gradient", last.step, self.train.names(last.positions))
+            self.ranks.refuse(f"graphs are larger than their store says; prepare it again; frames {names}")
+        if not (math.isfinite(self.told.loss) and math.isfinite(self.told.norm)):
+            self.ranks.refuse(
+                self._not_a_number("loss or its gradient", last.step, self.train.names(last.positions))
+            )
 
-    def _refuse(self, what: str, step: int, names: str) -> NoReturn:
+    def _not_a_number(self, what: str, step: int, names: str) -> str:
         state = self.folder / "state"
-        raise InputError(
+        return (
             f"the {what} is not a number at step {step} (the last good state is in {state}); frames {names}"
         )
 
@@ -250,26 +202,37 @@ class Trainer:
     def validate(self, stop: threading.Event) -> Tally | None:
         """Sum the losses of the averaged weights over the validation frames; None if asked to stop."""
         n_frames, size = len(self.val.indices), self.config.data.batch_size
-        batches = np.array_split(np.arange(n_frames), math.ceil(n_frames / size))
+        batches = validation_batches(n_frames, size, self.take_step.division)
+        batches = batches[self.ranks.number :: self.ranks.count]
         parts = []
         for work in self.load(self.val, batches):
             if stop.is_set():
-                return None
+                break
             (item,) = work.parts
             item.wait()
-            made = self.val_source.make(item.tensors, item.room)
+            made = self.val_source.make(item.tensors, work.room)
             parts.append(tally(self.average(made.batch), made.labels, made.batch, self.config.loss.delta))
-        for part, positions in zip(parts, batches, strict=True):
-            if not torch.isfinite(part.huber).all():
-                self._refuse("validation loss", self.progress.step, self.val.names(positions))
-        return sum(parts, start=empty_tally(self.device))
+        with self.ranks.together():
+            for part, positions in zip(parts, batches, strict=False):
+                if not torch.isfinite(part.huber).all():
+                    names = self.val.names(positions)
+                    raise InputError(self._not_a_number("validation loss", self.progress.step, names))
+        if any(self.ranks.gather(len(parts) < len(batches))):
+            return None
+        return self._of_all(sum(parts, start=empty_tally(self.device)))
+
+    def _of_all(self, sums: Tally) -> Tally:
+        """Add up the sums of all processes."""
+        total = empty_tally(self.device) + sums
+        self.ranks.sum_(list(total.as_dict().values()))
+        return total
 
     def row(self, validation: Tally) -> dict:
         """Describe the epoch that has just been trained and validated."""
         weights, p = self.config.loss.weights, self.progress
         described = {
             name: {"loss": total_loss(sums.huber, sums.count, weights).item(), **sums.report()}
-            for name, sums in (("train", self.sums), ("val", validation))
+            for name, sums in (("train", self._of_all(self.sums)), ("val", validation))
         }
         return {
             "epoch": p.epoch + 1,
@@ -284,8 +247,11 @@ class Trainer:
         """Save the averaged weights, as best ones too where they are, and the state of the run."""
         epoch, loss = row["epoch"], row["val"]["loss"]
         best = self.progress.best_loss is None or loss < self.progress.best_loss
-        for name in ("last", "best") if best else ("last",):
-            save_potential(self.average, self.folder / f"{name}.safetensors", {"metrics": row})
+        self.align()
+        with self.ranks.together():
+            for name in ("last", "best") if best else ("last",):
+                if self.ranks.first:
+                    save_potential(self.average, self.folder / f"{name}.safetensors", {"metrics": row})
         p = dataclasses.replace(self.progress, epoch=epoch, batch=0, seconds=0.0)
         self.progress = dataclasses.replace(p, best_loss=loss, best_epoch=epoch) if best else p
         self.sums.zero_()
@@ -294,19 +260,30 @@ class Trainer:
     def save_state(self) -> None:
         """Save everything that the next step depends on, provided the steps so far were sound."""
         self.check()
-        tensors = {f"potential.{name}": t for name, t in self.potential.state_dict().items()}
-        tensors |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
-        tensors |= {f"adam.{name}": t for name, t in self.optimizer.state().items()}
-        tensors |= {f"sums.{name}": t for name, t in self.sums.as_dict().items()}
-        save_state(self.folder / "state", tensors, self.progress)
+        sums = self._of_all(self.sums)
+        tensors = self._weights() | {f"adam.{name}": t for name, t in self.optimizer.state().items()}
+        tensors |= {f"sums.{name}": t for name, t in sums.as_dict().items()}
+        with self.ranks.together():
+            if self.ranks.first:
+                save_state(self.folder / "state", tensors, self.progress)
         self.saved_at = time.monotonic()
+        if self.told is not None:
+            self.told = self.told._replace(n_save=0.0)
+
+    def _weights(self) -> dict[str, Tensor]:
+        named = {"potential": self.potential, "average": self.average}
+        return {f"{kind}.{name}": t for kind, one in named.items() for name, t in one.state_dict().items()}
 
     def _restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
+        """Put a state in place, or only its position where the first process has the tensors."""
         if progress.frames != self.progress.frames:
             raise InputError(
                 f"{self.train.store.path}: not the frames that the run in {self.folder} began with, "
                 "or not in the same batches"
             )
+        self.progress = progress
+        if not self.ranks.first:
+            return
 
         def below(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -320,4 +297,3 @@ class Trainer:
                 raise InputError(f"{self.folder}: its state was saved by another version; start a new run")
             for name, tensor in mine.items():
                 tensor.copy_(saved[name])
-        self.progress = progress

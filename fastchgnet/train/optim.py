@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastchgnet.ops.gpu import runtime
+from fastchgnet.train.flat import flatten, in_order, views
 
 BETA_MEAN = 0.9
 BETA_SQUARE = 0.999
 EPS = 1e-8
-
-_ALIGN = 64
-"""Elements that the place of a parameter in the buffer is a multiple of: vector loads want 16 bytes."""
 
 
 def learning_rate(step: int, n_steps: int, n_warmup: int, highest: float, final_fraction: float) -> float:
@@ -59,49 +56,47 @@ def step_sizes(step: int, rate: float, ema_decay: float) -> tuple[float, float, 
 class Optimizer:
     """Clip, Adam and the running average: a few operations on one flat buffer, none of which the host awaits.
 
-    The parameters of both modules become views into its buffers, so they must stay on their device and in
-    their precision from then on.
+    Parameters become views of the buffers.
 
     Args:
         current: module that is trained.
         average: module of the same kind that holds the running average of its weights.
         clip_norm: norm to which a longer gradient is shortened, if any.
+
+    Attributes:
+        parameters: those that are trained, in the order of their use.
     """
 
     def __init__(self, current: nn.Module, average: nn.Module, clip_norm: float | None) -> None:
-        self.parameters = list(current.parameters())
+        named = in_order(current)
+        self.names, self.parameters = list(named), list(named.values())
         self.clip_norm = clip_norm
-        self.weights = _flatten(self.parameters)
-        self.average = _flatten(list(average.parameters()))
-        self.gradient = torch.zeros_like(self.weights)
-        self.gradients = _views(self.gradient, self.parameters)
+        self.weights = flatten(self.parameters)
+        self.average = flatten(list(in_order(average).values()))
         self.mean = torch.zeros_like(self.weights)
         self.square = torch.zeros_like(self.weights)
 
     @torch.no_grad()
-    def take(self, gradients: Sequence[Tensor], add: bool = False) -> None:
-        """Put gradients, one for each parameter, into the buffer, or add them to what is there."""
-        if add:
-            torch._foreach_add_(self.gradients, list(gradients))
-        else:
-            torch._foreach_copy_(self.gradients, list(gradients))
-
-    @torch.no_grad()
-    def update(self, sizes: Tensor) -> Tensor:
-        """Take a step with the gradient in the buffer and return the norm it had, on the device.
+    def update(self, gradient: Tensor, sizes: Tensor) -> Tensor:
+        """Take a step and return the norm of the gradient, on the device.
 
         Args:
+            gradient: in the layout of the weights, flat.
             sizes: `step_sizes` of this step, [3], on the device and in the precision of the weights.
         """
-        norm = torch.linalg.vector_norm(self.gradient)
+        norm = torch.linalg.vector_norm(gradient)
         move = _move_on_gpu if self.weights.is_cuda else _move
-        buffers = self.gradient, self.weights, self.average, self.mean, self.square
+        buffers = gradient, self.weights, self.average, self.mean, self.square
         move(*buffers, norm, sizes, self.clip_norm)
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on beside the weights."""
-        return {"mean": self.mean, "square": self.square}
+        """What the next step depends on beside the weights, by parameter."""
+        return {
+            f"{kind}.{name}": view
+            for kind, buffer in (("mean", self.mean), ("square", self.square))
+            for name, view in zip(self.names, views(buffer, self.parameters), strict=True)
+        }
 
 
 def _move(
@@ -126,30 +121,3 @@ def _move(
 
 
 _move_on_gpu = runtime.body("adam", "move", _move)
-
-
-def _places(parameters: Sequence[Tensor]) -> list[int]:
-    """First element of each parameter in the buffer, and the length of the buffer."""
-    places = [0]
-    for parameter in parameters:
-        places.append(places[-1] + math.ceil(parameter.numel() / _ALIGN) * _ALIGN)
-    return places
-
-
-def _views(buffer: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The part of the buffer that belongs to each parameter, in its shape."""
-    places = _places(parameters)[:-1]
-    return [
-        buffer[place : place + parameter.numel()].view_as(parameter)
-        for place, parameter in zip(places, parameters, strict=True)
-    ]
-
-
-def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Move parameters into one buffer, into which they become views."""
-    first = parameters[0]
-    buffer = torch.zeros(_places(parameters)[-1], dtype=first.dtype, device=first.device)
-    for parameter, view in zip(parameters, _views(buffer, parameters), strict=True):
-        view.copy_(parameter.detach())
-        parameter.data = view
-    return buffer

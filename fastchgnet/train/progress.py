@@ -20,8 +20,11 @@ from rich.progress import (
 from rich.text import Text
 
 from fastchgnet.config import load_run_config
+from fastchgnet.errors import InputError
 from fastchgnet.loss import REPORT_UNITS
-from fastchgnet.train.loop import Summary, Watcher, train
+from fastchgnet.train.loop import Watcher
+from fastchgnet.train.ranks import is_first, told_once
+from fastchgnet.train.run import Summary, train
 
 _FORMATS = ("E {:.1f} meV/atom", "F {:.1f} meV/A", "S {:.3f} GPa", "M {:.1f} m mu_B")
 
@@ -81,11 +84,19 @@ class TerminalWatcher(Watcher):
 def train_in_terminal(path: Path, overrides: Sequence[str], resume: bool) -> Summary:
     """Run the YAML file `path` with its progress on stderr, which ends in one line on how to go on.
 
+    Of several processes that torchrun has started, the first one shows it.
+
     Raises:
         InputError: as `load_run_config` and `train`.
     """
+    try:
+        config = load_run_config(path, overrides)
+    except InputError as error:
+        raise told_once(error) from error
+    if not is_first():
+        return train(config, resume)
     with TerminalWatcher() as watcher:
-        summary = train(load_run_config(path, overrides), resume, watcher)
+        summary = train(config, resume, watcher)
         epoch, step = summary.progress.epoch, summary.progress.step
         if summary.finished:
             watcher.say(f"{summary.folder}: finished; the best weights are in best.safetensors")

@@ -27,6 +27,10 @@ _GRAIN = 64
 _CHUNK = 1024
 
 
+Parts = Sequence[NDArray[np.int64]]
+"""Frames of one batch that are taken at different times or by different processes, in the same shapes."""
+
+
 class Room(NamedTuple):
     """Shapes of a padded batch, and of the search for its neighbours."""
 
@@ -54,35 +58,33 @@ class Rooms:
 
     Args:
         sizes: `frame_sizes` of all frames.
-        batches: batches to plan for, as positions in `sizes`; others may come.
+        batches: batches to plan for, each as its parts: positions in `sizes`. Others may come.
     """
 
-    def __init__(self, sizes: NDArray[np.int64], batches: Sequence[NDArray[np.int64]]) -> None:
-        self._sizes, self._batches = sizes, batches
-        needs = np.array([self._needs(batch) for batch in batches])
+    def __init__(self, sizes: NDArray[np.int64], batches: Sequence[Parts]) -> None:
+        self._sizes = sizes
+        needs = np.array([self._needs(parts) for parts in batches])
         load = (needs / needs.mean(0).clip(1)).max(1)  # a set may have no angles
         self.rooms: Sequence[Room] = sorted(
             {self._room(needs[load <= np.quantile(load, q)].max(0), q) for q in _QUANTILES},
             key=lambda room: room.capacity.bonds + room.capacity.angles,
         )
 
-    def __call__(self, positions: NDArray[np.int64]) -> Room | None:
-        """Return the smallest room for the frames at these positions, or None where there is none."""
-        systems, *rows, n_candidates = self._needs(positions).tolist()
+    def __call__(self, parts: Parts) -> Room | None:
+        """Return the smallest room for each of the parts of a batch, or None where there is none."""
+        systems, *rows, n_candidates = self._needs(parts).tolist()
         for room in self.rooms:
             if room.capacity.holds(Capacity(systems, *rows)) and n_candidates <= room.n_candidates:
                 return room
         return None
 
-    def halved(self) -> Rooms:
-        """Plan for halves of the same batches."""
-        halves = [half for batch in self._batches for half in np.array_split(batch, 2) if len(half)]
-        return Rooms(self._sizes, halves)
-
-    def _needs(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Count systems, atoms, short bonds, long bonds, angles and candidate pairs of a batch."""
-        atoms, edges, short, angles, candidates = self._sizes[positions].sum(0)
-        return np.array([len(positions), atoms, short, edges // 2 - short, angles, candidates])
+    def _needs(self, parts: Parts) -> NDArray[np.int64]:
+        """Count systems, atoms, short bonds, long bonds, angles and candidate pairs of the largest parts."""
+        counts = []
+        for positions in parts:
+            atoms, edges, short, angles, candidates = self._sizes[positions].sum(0)
+            counts.append((len(positions), atoms, short, edges // 2 - short, angles, candidates))
+        return np.array(counts).max(0)
 
     @staticmethod
     def _room(needs: NDArray[np.int64], quantile: float) -> Room:

@@ -27,6 +27,9 @@ from fastchgnet.weights import load_potential, read_header
 _FINISHING = {"readout", "heads"}
 """What a run may change of the model it starts from: pre-train direct, finish conservative."""
 
+_COUNTED_AT_ONCE = 65_536
+"""Frames whose labels are counted at a time."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +49,21 @@ class Frames(NamedTuple):
     def gather(self, positions: NDArray[np.int64]) -> tuple[Systems, Labels]:
         """Read the frames at `positions` of `indices`, in that order."""
         return self.store.gather(self.indices[positions])
+
+    def label_counts(self) -> NDArray[np.int64]:
+        """Count the labels present in each frame, [n, 4], by the rules of `fastchgnet.loss`."""
+        parts = []
+        for systems, labels in self.chunks(_COUNTED_AT_ONCE):
+            n_systems = len(systems.n_atoms)
+            system = np.repeat(np.arange(n_systems), systems.n_atoms)
+            of_atoms = [(~labels.forces.isnan()).sum(1), (~labels.magmoms.isnan()).long()]
+            forces, magmoms = (np.bincount(system, count.numpy(), n_systems) for count in of_atoms)
+            energies, stresses = (
+                ~labels.energy.isnan(),
+                (~labels.stress.isnan()).sum((1, 2)) * systems.pbc.all(1),
+            )
+            parts.append(np.column_stack([energies.numpy(), forces, stresses.numpy(), magmoms]))
+        return np.concatenate(parts).astype(np.int64)
 
     def names(self, positions: NDArray[np.int64]) -> str:
         """Name the frames at `positions` in one line."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -26,13 +25,16 @@ from fastchgnet.device_graph import SpareSystems, build_graph, spare_systems
 from fastchgnet.graph import Batch, Labels
 from fastchgnet.padding import pad_labels
 from fastchgnet.potential import Potential
-from fastchgnet.train.batches import Batches
+from fastchgnet.train.batches import Batches, Division, validation_batches
 from fastchgnet.train.resident import ResidentFrames
-from fastchgnet.train.rooms import Room, Rooms, frame_sizes
+from fastchgnet.train.rooms import Parts, Room, Rooms, frame_sizes
 from fastchgnet.train.setup import Frames
 
 _PLANNED_BATCHES = 5000
 """Batches, from the first of the run on, that decide the shapes; later ones hardly exceed them."""
+
+_PLANNED_FRAMES = 1_000_000
+"""Frames in them, at most, unless an epoch has more: dividing them takes a microsecond or two each."""
 
 _RESIDENT_SHARE = 0.3
 """Most of the device's free memory that the frames of a store may take."""
@@ -41,10 +43,9 @@ logger = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """What a batch is made from, on the device."""
+    """What a part of a batch is made from, on the device."""
 
     tensors: tuple[Tensor, ...]
-    room: Room | None = None  # None where shapes are those of the batch
     arrived: torch.cuda.Event | None = None  # after which the tensors are there
 
     def wait(self) -> None:
@@ -57,7 +58,7 @@ class Item(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A batch ready for a step."""
+    """A part of a batch ready for a step."""
 
     batch: Batch
     labels: Labels
@@ -65,16 +66,31 @@ class Made(NamedTuple):
 
 
 class Source(Protocol):
-    """Prepare items from positions of frames, and make batches from items."""
+    """Prepare items from positions of frames, and make the parts of batches from items."""
 
-    def prepare(self, positions: NDArray[np.int64]) -> Item:
-        """Gather what a batch of the frames at these positions is made from."""
+    def room(self, parts: Parts) -> Room | None:
+        """Return the shapes that all parts of a batch are given, or None where each has its own."""
+
+    def prepare(self, positions: NDArray[np.int64], room: Room | None) -> Item:
+        """Gather what a part with the frames at these positions is made from."""
 
     def make(self, tensors: Sequence[Tensor], room: Room | None) -> Made:
-        """Make the batch, on the device and without the host waiting."""
+        """Make the part, on the device and without the host waiting."""
 
-    def halve(self) -> None:
-        """Expect batches of half the size from now on."""
+    def plan(self, division: Division) -> None:
+        """Expect batches that are divided in another way from now on."""
+
+
+class Planning(NamedTuple):
+    """What shapes are planned from."""
+
+    sizes: NDArray[np.int64]  # `frame_sizes` of all frames
+    batches: Sequence[NDArray[np.int64]]  # as positions in them; others may come
+    division: Division
+
+    def rooms(self) -> Rooms:
+        """Plan."""
+        return Rooms(self.sizes, [self.division(batch) for batch in self.batches])
 
 
 class HostGraphs:
@@ -83,7 +99,11 @@ class HostGraphs:
     def __init__(self, frames: Frames, potential: Potential) -> None:
         self.frames, self.potential = frames, potential
 
-    def prepare(self, positions: NDArray[np.int64]) -> Item:
+    def room(self, parts: Parts) -> None:
+        """Leave each part its own shapes."""
+        return None
+
+    def prepare(self, positions: NDArray[np.int64], room: Room | None = None) -> Item:
         """Build the graphs and send them to the device."""
         systems, labels = self.frames.gather(positions)
         batch = self.potential.build_graph(systems)
@@ -95,8 +115,8 @@ class HostGraphs:
         fits = torch.ones((), dtype=torch.bool, device=tensors[0].device)
         return Made(Batch(*tensors[:n_fields]), Labels(*tensors[n_fields:]), fits)
 
-    def halve(self) -> None:
-        """Do nothing: shapes are those of each batch."""
+    def plan(self, division: Division) -> None:
+        """Do nothing: shapes are those of each part."""
 
 
 class DeviceGraphs:
@@ -105,31 +125,37 @@ class DeviceGraphs:
     Args:
         frames: frames of the run.
         potential: gives cutoffs and device.
-        rooms: shapes; a batch without a room goes the way of `HostGraphs`.
+        planning: batches to plan shapes for; a batch too large for them goes the way of `HostGraphs`.
         resident: the frames on the device; None where they are sent batch by batch.
     """
 
     def __init__(
-        self, frames: Frames, potential: Potential, rooms: Rooms, resident: ResidentFrames | None
+        self, frames: Frames, potential: Potential, planning: Planning, resident: ResidentFrames | None
     ) -> None:
         self.frames, self.config, self.device = frames, potential.config, potential.device
-        self.rooms, self.resident = rooms, resident
+        self.planning, self.rooms = planning, planning.rooms()
+        self.resident = resident
         self.host = HostGraphs(frames, potential)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.warned = False
 
-    def prepare(self, positions: NDArray[np.int64]) -> Item:
-        """Send frames, or their numbers, to the device on a stream of their own."""
-        room = self.rooms(positions)
+    def room(self, parts: Parts) -> Room | None:
+        """Return the smallest room that holds each of the parts, the same in all processes."""
+        room = self.rooms(parts)
         if room is None:
-            self._warn(positions)
+            self._warn(np.concatenate(parts))
+        return room
+
+    def prepare(self, positions: NDArray[np.int64], room: Room | None) -> Item:
+        """Send frames, or their numbers, to the device on a stream of their own."""
+        if room is None:
             return self.host.prepare(positions)
         tensors = self._numbers(positions, room) if self.resident else self._frames(positions, room)
         if self.stream is None:
-            return Item(tuple(to_device(t, self.device) for t in tensors), room)
+            return Item(tuple(to_device(t, self.device) for t in tensors))
         with torch.cuda.stream(self.stream):
             sent = tuple(to_device(t, self.device) for t in tensors)
-            return Item(sent, room, self.stream.record_event())
+            return Item(sent, self.stream.record_event())
 
     def make(self, tensors: Sequence[Tensor], room: Room | None) -> Made:
         """Gather the frames, where they live on the device, and build their graphs."""
@@ -144,9 +170,10 @@ class DeviceGraphs:
         batch, fits = build_graph(systems, *cutoffs, room.capacity, room.n_candidates)
         return Made(batch, labels, fits)
 
-    def halve(self) -> None:
+    def plan(self, division: Division) -> None:
         """Plan the shapes anew."""
-        self.rooms = self.rooms.halved()
+        self.planning = self.planning._replace(division=division)
+        self.rooms = self.planning.rooms()
 
     def _numbers(self, positions: NDArray[np.int64], room: Room) -> tuple[Tensor, ...]:
         """Numbers of the frames in the store, -1 for the fillers."""
@@ -171,16 +198,21 @@ class DeviceGraphs:
 
 
 def open_sources(
-    train: Frames, val: Frames, potential: Potential, config: RunConfig, batches: Batches
+    train: Frames,
+    val: Frames,
+    potential: Potential,
+    config: RunConfig,
+    batches: Batches,
+    division: Division,
 ) -> tuple[Source, Source]:
     """Open the sources of a run: graphs are built on the device, unless that is the CPU."""
     if potential.device.type == "cpu":
         return HostGraphs(train, potential), HostGraphs(val, potential)
     of_the_run = itertools.chain.from_iterable(map(batches.epoch, range(config.train.epochs)))
-    n_val = len(val.indices)
+    n_planned = min(_PLANNED_BATCHES, max(len(batches), _PLANNED_FRAMES // config.data.batch_size))
     planned = (
-        list(itertools.islice(of_the_run, _PLANNED_BATCHES)),
-        np.array_split(np.arange(n_val), math.ceil(n_val / config.data.batch_size)),
+        list(itertools.islice(of_the_run, n_planned)),
+        validation_batches(len(val.indices), config.data.batch_size, division),
     )
     cutoffs = potential.config.atom_cutoff, potential.config.bond_cutoff
     resident: dict[Path, ResidentFrames | None] = {}
@@ -190,8 +222,9 @@ def open_sources(
         if store.path not in resident:
             room_for_it = config.data.resident == "auto" and _fits_device(store, potential.device)
             resident[store.path] = ResidentFrames(store, potential.device) if room_for_it else None
-        rooms = Rooms(frame_sizes(store, frames.indices, *cutoffs), to_plan_for)
-        sources.append(DeviceGraphs(frames, potential, rooms, resident[store.path]))
+        sizes = frame_sizes(store, frames.indices, *cutoffs)
+        planning = Planning(sizes, to_plan_for, division if frames is train else Division(sizes))
+        sources.append(DeviceGraphs(frames, potential, planning, resident[store.path]))
     return sources[0], sources[1]
 
 

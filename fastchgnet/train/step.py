@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,17 +12,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastchgnet.config import LossConfig
+from fastchgnet.device import to_device
 from fastchgnet.errors import InputError
-from fastchgnet.loss import coefficients, empty_tally, tally
+from fastchgnet.loss import empty_tally, tally
 from fastchgnet.ops.gpu.runtime import precision
-from fastchgnet.ops.huber import label_counts
 from fastchgnet.potential import Potential
 from fastchgnet.record import Record, Recorder
+from fastchgnet.train.batches import Division
+from fastchgnet.train.gradient import Gradient
 from fastchgnet.train.optim import Optimizer
+from fastchgnet.train.ranks import ALONE, Ranks
 from fastchgnet.train.rooms import Room
 from fastchgnet.train.source import Item, Made, Source
 
 logger = logging.getLogger(__name__)
+
+
+class Inputs(NamedTuple):
+    """What a step takes beside its batch, on the device."""
+
+    by_sums: Tensor  # [4] float64, derivative of the loss by the sums of each target over the whole batch
+    sizes: Tensor  # [3] `fastchgnet.train.optim.step_sizes`, in the precision of the weights
+    wishes: Tensor  # [2] whether this process wants to stop, and to save, likewise
+
+
+class Outcome(NamedTuple):
+    """What comes of a step, the same in all processes."""
+
+    loss: float
+    norm: float  # of the gradient
+    n_unfit: float  # parts whose graphs were larger than planned
+    n_stop: float  # processes that want to stop after it
+    n_save: float  # and to save
 
 
 class Step:
@@ -31,108 +52,143 @@ class Step:
     Everything it changes is changed in place, so that it can be recorded once and replayed.
 
     Attributes:
-        sums: losses and errors of the steps since they were last zeroed, on the device.
+        sums: losses and errors of the steps of this process since they were last zeroed, on the device.
     """
 
-    def __init__(self, potential: Potential, optimizer: Optimizer, config: LossConfig) -> None:
+    def __init__(
+        self, potential: Potential, optimizer: Optimizer, config: LossConfig, ranks: Ranks = ALONE
+    ) -> None:
         self.potential, self.optimizer, self.config = potential, optimizer, config
+        self.gradient = Gradient(optimizer.parameters, ranks)
         self.sums = empty_tally(potential.device)
-        self.weights = torch.tensor(config.weights, dtype=torch.float64, device=potential.device)
 
     @precision("tf32")
-    def __call__(self, parts: Sequence[Made], sizes: Tensor) -> Tensor:
+    def __call__(self, parts: Sequence[Made], inputs: Inputs) -> Tensor:
         """Take one step on a batch.
 
         Args:
-            parts: the batch, or parts of it that together are the batch but take less memory.
-            sizes: `fastchgnet.train.optim.step_sizes`, [3].
+            parts: this process's share of the batch, as parts that are taken one after the other, or nothing.
+            inputs: what else it takes.
 
         Returns:
-            Two numbers: one that is finite unless something went wrong, and whether all graphs fitted.
+            `Outcome`, as a tensor.
         """
-        losses = []
-        counts = [label_counts(part.labels, part.batch) for part in parts if len(parts) > 1]
-        for number, part in enumerate(parts):
+        numbers = self.gradient.numbers
+        numbers.zero_()
+        numbers[3:5] = inputs.wishes
+        for n, part in enumerate(parts):
             sums = tally(self.potential(part.batch), part.labels, part.batch, self.config.delta)
-            # These are the counts of the whole batch: processes that share one would add them up here, and
-            # their gradients below.
-            count = torch.stack(counts).sum(0) if counts else sums.count
-            by_sums = coefficients(count, self.weights)
-            gradients = torch.autograd.grad(
-                sums.huber, self.optimizer.parameters, by_sums, materialize_grads=True
-            )
-            self.optimizer.take(gradients, add=number > 0)
             self.sums.add_(sums)
-            losses.append((sums.huber.detach() * by_sums).sum())
-        norm = self.optimizer.update(sizes)
-        fits = torch.stack([part.fits for part in parts]).all()
-        return torch.stack([torch.stack(losses).sum() + norm.double(), fits.double()])
+            numbers[0] += (sums.huber.detach() * inputs.by_sums).sum()
+            numbers[2] += ~part.fits
+            self.gradient.take(sums.huber, inputs.by_sums, add=n > 0, complete=n == len(parts) - 1)
+        if not parts:
+            self.gradient.take_nothing()
+        self.gradient.wait()
+        norm = self.optimizer.update(self.gradient.values, inputs.sizes)
+        numbers[1] = norm
+        return numbers[: len(Outcome._fields)]
 
 
 class Work(NamedTuple):
-    """A batch of frames, named by their places among those of the run, and what it is made from."""
+    """A batch of frames, by their places in the run, and what this process's share of it is made from."""
 
     positions: NDArray[np.int64]
-    parts: tuple[Item, ...]  # the batch, or both its halves
+    parts: tuple[Item, ...]
+    room: Room | None
+    by_sums: Tensor  # see `Inputs`, on the host
+    division: Division
 
 
 class Steps:
-    """Take steps on items: recorded where that is possible, in halves where memory asks for it.
+    """Take steps on work: recorded where that is possible, in more parts where memory asks for it.
 
     Args:
         step: what to do with a batch.
-        source: makes batches from items.
+        source: makes parts of batches from items.
+        division: how batches are divided among processes and into parts.
+        weigh: gives the derivative of the loss by the sums of each target, [4], for a batch.
         record: makes recordings; None for none.
     """
 
-    def __init__(self, step: Step, source: Source, record: Record | None) -> None:
-        self.step, self.source = step, source
-        self.in_halves = False
-        self._recorder = Recorder(self._whole, record)
+    def __init__(
+        self,
+        step: Step,
+        source: Source,
+        division: Division,
+        weigh: Callable[[NDArray[np.int64]], Tensor],
+        record: Record | None,
+    ) -> None:
+        self.step, self.source, self.division, self.weigh = step, source, division, weigh
+        self._ranks = step.gradient.ranks
+        self._halved = False
+        self._recorder = Recorder(self._in_room, record)
 
     def prepare(self, positions: NDArray[np.int64]) -> Work:
-        """Have the source prepare a batch of the frames at these positions, or both its halves."""
-        parts = np.array_split(positions, 2) if self.in_halves else [positions]
-        return Work(positions, tuple(self.source.prepare(part) for part in parts if len(part)))
+        """Have the source prepare this process's share of the frames at these positions."""
+        division = self.division  # a thread prepares; where memory runs out there will be another one
+        parts = division(positions)
+        room = self.source.room(parts)
+        own = division.own(parts, self._ranks.number)
+        # in static shapes an empty part is all fillers; otherwise there is nothing to be made of it
+        items = tuple(self.source.prepare(part, room) for part in own if len(part) or room is not None)
+        return Work(positions, items, room, self.weigh(positions), division)
 
-    def __call__(self, work: Work, sizes: Tensor) -> Tensor:
+    def __call__(self, work: Work, sizes: Tensor, wishes: Tensor) -> Tensor:
         """Take one step; return what `Step` returns, which the next step may overwrite.
 
-        Raises:
-            InputError: half the batch, or a single frame, is still too much for the memory.
-        """
-        if not self.in_halves:
-            (item,) = work.parts
-            item.wait()
-            try:
-                return self._recorder(item.room, (*item.tensors, sizes))
-            except torch.OutOfMemoryError:
-                pass  # go on where the exception no longer holds on to the tensors of the step
-            self._halve(work)
-        if len(work.parts) == 1:
-            work = self.prepare(work.positions)
-        try:
-            for part in work.parts:
-                part.wait()
-            return self.step([self.source.make(part.tensors, part.room) for part in work.parts], sizes)
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                "out of memory even on half a batch; choose a smaller data.batch_size"
-            ) from error
+        Args:
+            work: the batch.
+            sizes: see `Inputs`, on the host.
+            wishes: likewise.
 
-    def _whole(self, room: Room | None, inputs: Sequence[Tensor]) -> Tensor:
-        *tensors, sizes = inputs
-        return self.step([self.source.make(tensors, room)], sizes)
+        Raises:
+            InputError: it is too much for the memory.
+        """
+        device = self.step.potential.device
+        inputs = [to_device(tensor, device) for tensor in (work.by_sums, sizes, wishes)]
+        may_halve = not self._halved and self._ranks.count == 1 and len(work.positions) > 1
+        try:
+            return self._run(work, inputs)
+        except torch.OutOfMemoryError as error:
+            if not may_halve:
+                raise InputError(
+                    f"out of memory on a batch of {len(work.positions)} frames, taken in "
+                    f"{self.division.n_parts} parts; choose a larger data.accumulate, or a smaller batch"
+                ) from error
+        # here the exception no longer holds on to the tensors of the step
+        self._halve(work)
+        return self(work, sizes, wishes)
+
+    def _run(self, work: Work, inputs: Sequence[Tensor]) -> Tensor:
+        if work.division is not self.division:
+            work = self.prepare(work.positions)  # it was prepared before the memory ran out
+        for part in work.parts:
+            part.wait()
+        if work.room is None:
+            return self.step([self.source.make(part.tensors, None) for part in work.parts], Inputs(*inputs))
+        tensors = [tensor for part in work.parts for tensor in part.tensors]
+        return self._recorder(work.room, (*inputs, *tensors))
+
+    def _in_room(self, room: Room, given: Sequence[Tensor]) -> Tensor:
+        """Make the parts, each from as many tensors, and take the step."""
+        n_inputs = len(Inputs._fields)
+        inputs, tensors = given[:n_inputs], given[n_inputs:]
+        size = len(tensors) // self.division.n_parts
+        parts = [tensors[n : n + size] for n in range(0, len(tensors), size)]
+        return self.step([self.source.make(part, room) for part in parts], Inputs(*inputs))
 
     def _halve(self, work: Work) -> None:
-        """Give up recordings and whole batches."""
+        """Give up recordings and take each batch in twice as many parts."""
         logger.warning(
             "out of memory on %d frames: each batch is taken in two halves now, with the same gradient",
             len(work.positions),
         )
-        self.in_halves = True
+        self._halved = True
         self._recorder.stop()
-        self.source.halve()
+        division = self.division.halved()
+        self.source.plan(division)
+        self.division = division  # last: what a thread prepares in between is prepared again
         if self.step.potential.device.type == "cuda":
             torch.cuda.empty_cache()
 

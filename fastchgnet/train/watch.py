@@ -1,0 +1,167 @@
+"""Find out which process of a run is missing where others wait for it, and end instead of waiting forever.
+
+Every process counts how often it has begun to wait for the others, as all do in the same places, and writes
+the count, twice a second, into the store of the launcher. Whoever waits too long reads all counts: who has
+counted least is missing. Where a connection breaks, the process that no longer writes has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NamedTuple, NoReturn, Self
+
+import torch.distributed as dist
+
+from fastchgnet.errors import InputError, ToldElsewhere
+
+_BEAT_SECONDS = 0.5
+"""Between two reports of a process."""
+
+_GRACE_SECONDS = 3.0
+"""After which a process that has written nothing new has ended."""
+
+_REASON = "reason"
+"""Key under which the first process that ends says why; those that find one there end without a word."""
+
+
+class _Report(NamedTuple):
+    """What a process writes about itself."""
+
+    n_waits: int
+    n_beats: int
+    place: str
+    host: str
+    process: int
+
+    def name(self, number: int) -> str:
+        return f"rank {number} (process {self.process} on {self.host}, {self.place})"
+
+
+class Watch:
+    """Watch over one process of a run; a context, inside which a thread does so.
+
+    Args:
+        number: of this process.
+        count: of all processes.
+        timeout: seconds of waiting after which this process ends.
+        stop: set where the launcher is gone: nobody would know of this process any more.
+
+    Attributes:
+        place: where the process is, for messages.
+    """
+
+    def __init__(self, number: int, count: int, timeout: float, stop: threading.Event) -> None:
+        self._number, self._count, self._timeout, self._stop = number, count, timeout, stop
+        self._store = _connect()
+        self.place = "at the start"
+        self._n_waits = self._n_beats = 0
+        self._since: float | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Begin to watch."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End, and tell the others why if this is the end of the run."""
+        self._ended.set()
+        self._thread.join()
+        if error is not None:
+            with contextlib.suppress(RuntimeError):
+                speaks(str(error) or type(error).__name__, self._store)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for the others inside."""
+        self._n_waits += 1
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def raise_lost(self, error: RuntimeError) -> NoReturn:
+        """Say why a message did not arrive: raise InputError in the process that finds out first.
+
+        Raises:
+            InputError: another process has ended without a word, or the connection failed.
+            ToldElsewhere: another process tells.
+        """
+        with contextlib.suppress(RuntimeError):  # where the store is gone, too
+            before = self._reports()
+            deadline = time.monotonic() + _GRACE_SECONDS
+            while time.monotonic() < deadline and not self._store.check([_REASON]):
+                time.sleep(_BEAT_SECONDS / 5)
+            now = self._reports()
+            dead = [n for n in range(self._count) if n != self._number and now.get(n) == before.get(n)]
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            text = f"lost contact with the other processes at {self.place}: {first_line}"
+            if dead:
+                text = f"{self._names(dead, now)} ended without a word; --resume goes on from the last state"
+            if speaks(text, self._store):
+                raise InputError(text) from error
+            raise ToldElsewhere(self._store.get(_REASON).decode()) from error
+        raise InputError(f"lost contact with the launcher and the other processes at {self.place}") from error
+
+    def _run(self) -> None:
+        """Write reports, and end this process where it has waited too long or the run is over."""
+        try:
+            while not self._ended.wait(_BEAT_SECONDS):
+                self._n_beats += 1
+                self._store.set(str(self._number), json.dumps(self._report()))
+                since = self._since
+                waited = 0.0 if since is None else time.monotonic() - since
+                if waited > self._timeout:
+                    self._give_up()
+                # a process that waits for GPUs is not told that their links are broken
+                if waited > 2 * _GRACE_SECONDS and self._store.check([_REASON]):
+                    os._exit(2)
+        except RuntimeError:
+            self._stop.set()
+
+    def _report(self) -> _Report:
+        return _Report(self._n_waits, self._n_beats, self.place, socket.gethostname(), os.getpid())
+
+    def _reports(self) -> dict[int, _Report]:
+        keys = [key for key in map(str, range(self._count)) if self._store.check([key])]
+        return {int(key): _Report(*json.loads(self._store.get(key))) for key in keys}
+
+    def _give_up(self) -> NoReturn:
+        """End the process: its main thread waits in a library, where no exception can reach it."""
+        reports = self._reports()
+        behind = [n for n in range(self._count) if n not in reports or reports[n].n_waits < self._n_waits]
+        who = f"{self._names(behind, reports)} did not come" if behind else "messages did not arrive"
+        text = f"{who} within {self._timeout:g} s; --resume goes on from the last state"
+        if speaks(text, self._store):
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    def _names(self, numbers: list[int], reports: dict[int, _Report]) -> str:
+        return ", ".join(reports[n].name(n) if n in reports else f"rank {n}" for n in numbers)
+
+
+def speaks(text: str, store: dist.Store | None = None) -> bool:
+    """Tell whether this process is the first of its run to give a reason for ending; it prints it."""
+    store = store or _connect()
+    mine = f"rank {os.environ['RANK']}: {text}"
+    return store.compare_set(_REASON, "", mine).decode() == mine
+
+
+def _connect() -> dist.Store:
+    """Connect to the store of the launcher; one of its own, as calls of other connections may wait."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    # a run that was restarted shares the store with its predecessor
+    return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
