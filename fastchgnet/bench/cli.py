@@ -125,6 +125,56 @@ def balance(
     show(rows, as_json, bench.tables)
 
 
+@app.command(epilog="Example: fastchgnet bench scaling --frames crystals.xyz --batch 4096 --out scaling.json")
+def scaling(
+    frames: Frames,
+    ranks: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; default: 1, 2, ... 32.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Strong: frames in all; repeatable; default: 2048.")
+    ] = None,
+    per_rank: Annotated[
+        list[int] | None, typer.Option(min=1, help="Weak: frames of each rank; repeatable; default: 512.")
+    ] = None,
+    timed: Annotated[
+        int | None, typer.Option(min=2, help="Frames of a process in timed steps; default: CPU 32, GPU 128.")
+    ] = None,
+    frame_us: Annotated[
+        float | None, typer.Option(min=0, help="Time nothing; assume that a mean frame takes this long.")
+    ] = None,
+    fixed_us: Annotated[float, typer.Option(min=0, help="With --frame-us: what any step takes on top.")] = 0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Simulated GPUs with fast links.")] = 4,
+    latency_us: Annotated[float, typer.Option(min=0, help="Simulated, of a message between nodes.")] = 10,
+    bandwidth: Annotated[float, typer.Option(min=0.001, help="Simulated, GB/s between nodes.")] = 25,
+    readout: Annotated[ReadoutName, typer.Option(help="Of the steps.")] = ReadoutName.direct,
+    device: Device = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each step is timed.")] = 5,
+    seed: Seed = 0,
+    label: Label = "",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure scaling with a process for each core or GPU, and simulate it beyond them."""
+    from fastchgnet.bench import scaling as bench
+    from fastchgnet.bench.rows import append, check_out
+    from fastchgnet.bench.scaling_tables import tables
+    from fastchgnet.bench.session import Options, Session
+
+    check_out(out)
+    options = Options(frames, (), (readout.value,), device, None, rounds, seed, label, False, False)
+    asked = bench.Asked(
+        tuple(ranks or bench.RANKS),
+        tuple(batch or bench.STRONG),
+        tuple(per_rank or bench.WEAK),
+        timed,
+        None if frame_us is None else (1e-6 * frame_us, 1e-6 * fixed_us),
+        bench.Network(gpus_per_node, 1e-6 * latency_us, 1e9 * bandwidth),
+    )
+    rows = bench.run(Session(options, _say), asked)
+    if out is not None:
+        append(out, rows)
+    show(rows, as_json, tables)
+
+
 @app.command(epilog="Example: fastchgnet bench lr --train runs/train --val runs/val --out learning-rate.json")
 def lr(
     train: Annotated[Path, typer.Option(help="Store of training frames, from `fastchgnet prepare`.")],
@@ -205,7 +255,7 @@ def plot(
     rows: Annotated[Path, typer.Argument(help="JSON list of rows from one device.")],
     out: Annotated[Path, typer.Option(help="Write this PNG.")],
 ) -> None:
-    """Draw the rows of training and inference as steps of the optimisation, or those of balance or lr."""
+    """Draw rows of training and inference as steps of the optimisation, or of balance, scaling or lr."""
     from fastchgnet.bench.plot import draw
 
     draw(rows, out)
@@ -214,11 +264,14 @@ def plot(
 @app.command(epilog="Example: fastchgnet bench table benchmarks/results/performance-cpu.json")
 def table(rows: Annotated[Path, typer.Argument(help="JSON list of rows from one device.")]) -> None:
     """Print rows as a Markdown table, as docs/performance.md has it."""
-    from fastchgnet.bench import learning, table_ii
+    from fastchgnet.bench import learning, scaling_tables, table_ii
     from fastchgnet.bench.rows import markdown, read, tables
 
     found = read(rows)
     commands = {row["command"] for row in found}
+    if commands == {"scaling"}:
+        print(scaling_tables.markdown(found), end="")
+        return
     own = {"md": table_ii.tables, "lr": learning.tables}
     print(markdown(found, next((own[name] for name in own if commands == {name}), tables)), end="")
 

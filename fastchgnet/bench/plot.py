@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastchgnet.bench import balance_plot, learning_plot
+from fastchgnet.bench import balance_plot, learning_plot, scaling_plot
 from fastchgnet.bench.rows import Row, read
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
@@ -23,14 +23,14 @@ TITLES = {
     ("infer", "conservative"): "Inference, conservative",
     ("infer", "direct"): "Inference, direct",
 }
-OTHERS = {"balance": balance_plot.figure, "lr": learning_plot.figure}
+OTHERS = {"balance": balance_plot.figure, "lr": learning_plot.figure, "scaling": scaling_plot.figure}
 """Figures of rows of one command, which are kept in files of their own."""
 
 BASELINE = f"chgnet {CHGNET_VERSION}"
 
 
 def draw(source: Path, out: Path) -> None:
-    """Draw the training and inference rows of a file, or its rows of balance or learning rates, as a PNG.
+    """Draw the training and inference rows of a file, or its rows of one of `OTHERS`, as a PNG.
 
     Raises:
         InputError: no such rows, rows of several devices, no matplotlib, or `out` cannot be written.
