@@ -11,7 +11,7 @@ import pytest
 from test_bench import program
 from test_train import emt_frames
 
-from fastchgnet.bench import learning, rows
+from fastchgnet.bench import learning, learning_plot, rows
 from fastchgnet.config import Provenance, RunConfig
 from fastchgnet.data.store import write_store
 from fastchgnet.loss import REPORT_UNITS
@@ -137,6 +137,29 @@ def test_where_every_rate_fails_there_are_no_rows(monkeypatch, capsys) -> None:
     status, _, lines = program(monkeypatch, capsys, *args)
     assert status == 2 and lines[-1] == "error: --rate 1e+30: no run finished an epoch; try a lower one"
     assert not Path("rows.json").exists()
+
+
+def test_the_last_comparison_is_drawn_where_there_are_labels() -> None:
+    def made(arm: str, seed: int, error: float) -> dict:
+        point = dict.fromkeys(REPORT_UNITS, error) | {"magmoms_mmub": None}
+        return {
+            "options": {"seed": seed},
+            "arm": arm,
+            "readout": "direct",
+            "frames": {"train": 8, "val": 3},
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "curve": [{"epoch": epoch, **point} for epoch in (1, 2)],
+            "failed_in_epoch": None,
+        }
+
+    found = [made(arm, seed, seed + 1.0) for seed in (0, 1) for arm in ("default", "scaled", "base")]
+    axes = learning_plot.figure(found).axes
+    assert [one.get_title() for one in axes] == ["Energy", "Force", "Stress"]
+    for one in axes:
+        assert [list(line.get_ydata()) for line in one.lines] == [[2.0, 2.0]] * 3
+        colors = [line.get_color() for line in one.lines]
+        assert colors[1:] == ["#d1603d", "#2f6690"]  # red and blue, as in the paper
 
 
 def test_documented_table_is_that_of_the_rows() -> None:
