@@ -6,12 +6,16 @@ import json
 import math
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
+import torch
 from crystals import crystals
+from frames import labelled_atoms
 from test_bench import file, program  # noqa: F401, a fixture
 from test_sampler import made_up
 
+from fastchgnet.bench import rows as bench_rows
 from fastchgnet.bench import scaling, scaling_launch
 from fastchgnet.bench.scaling_model import (
     Case,
@@ -22,7 +26,9 @@ from fastchgnet.bench.scaling_model import (
     assumed_cost,
     divide,
 )
+from fastchgnet.bench.session import Options, Session
 from fastchgnet.bench.steps import file_sizes
+from fastchgnet.errors import InputError
 from fastchgnet.train.sampler import DEFAULT_COST, Cost
 
 LINKS = Network(gpus_per_node=4, latency=10.0, bandwidth=0.5, inner_latency=1.0, inner_bandwidth=8.0)
@@ -151,6 +157,87 @@ def test_an_assumed_step_is_simulated_and_labelled(file, monkeypatch, capsys) ->
     assert Path("scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_processes_are_timed(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("crystals.xyz", labelled_atoms(4))
+    said: list[str] = []
+    session = Session(Options(Path("crystals.xyz"), (), ("direct",), rounds=2, chgnet=False), said.append)
+    point = scaling_launch.measure(session, 2, 4)
+    assert said == ["scaling: 4 frames in 2 processes on cpu"]
+    low, median, high = point["wall_seconds"]
+    assert (point["ranks"], point["frames"]) == (2, 4) and 0 < low <= median == point["seconds"] <= high
+    assert len(point["cpu_seconds"]) == 2 and min(point["cpu_seconds"]) > 0
+
+
+def test_measured_and_simulated_rows(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("crystals.xyz", labelled_atoms(16))
+    timed: list[tuple[int, int]] = []
+
+    def measure(session: Session, n_ranks: int, n_frames: int) -> dict[str, object]:
+        timed.append((n_ranks, n_frames))
+        seconds = n_frames / n_ranks + 1.0
+        return {"ranks": n_ranks, "frames": n_frames, "seconds": seconds, "wall_seconds": [seconds] * 3}
+
+    monkeypatch.setattr(scaling_launch, "measure", measure)
+    monkeypatch.setattr(scaling_launch, "n_devices", lambda device: 2)
+    args = (
+        "--frames",
+        "crystals.xyz",
+        "--ranks",
+        2,
+        "--ranks",
+        8,
+        "--timed",
+        2,
+        "--batch",
+        16,
+        "--rounds",
+        1,
+    )
+    n_threads = torch.get_num_threads()
+    status, out, _ = program(monkeypatch, capsys, "scaling", *args, "--per-rank", 2, "--out", "rows.json")
+    assert status == 0 and torch.get_num_threads() == n_threads
+    assert "measured, a process for each device" in out and "simulated efficiency" in out
+    assert timed == [(1, 4), (2, 4), (1, 2)]  # two processes on four frames are both strong and weak
+    found = bench_rows.read(Path("rows.json"))
+    kinds = [("measured", "strong"), ("measured", "weak"), ("simulated", "strong"), ("simulated", "weak")]
+    assert [(row["kind"], row["mode"]) for row in found] == kinds
+    for row in found:
+        assert row["step"]["of"] == "measurement" and row["step"]["seconds_of"] == "cpu"
+        assert row["readout"] == "direct" and row["environment"]["threads"] == 1
+    strong, weak = (row["points"] for row in found[:2])
+    assert [one["efficiency_1"] for one in strong] == pytest.approx([1, 5 / (2 * 3)])
+    assert [one["efficiency_1"] for one in weak] == pytest.approx([1, 1])
+    assert all(one["modelled_seconds"] > 0 for one in (*strong, *weak))
+    assert [one["ranks"] for one in found[2]["strategies"]["lpt"]] == [1, 2, 4, 8]
+    assert program(monkeypatch, capsys, "plot", "rows.json", "--out", "scaling.png")[0] == 0
+    assert Path("scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+BREAKS = """
+import os, sys, time
+from pathlib import Path
+from fastchgnet.bench import scaling_worker
+
+def broken(folder, asked):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("the fan fell off")
+    time.sleep(60)
+
+scaling_worker._time = broken
+scaling_worker.main(Path(sys.argv[1]))
+"""
+
+
+def test_a_failing_process_is_reported_in_one_line(file, monkeypatch) -> None:  # noqa: F811
+    Path("breaks.py").write_text(BREAKS)
+    monkeypatch.setattr(scaling_launch, "_WORKER", "breaks")
+    session = Session(Options(file, (), ("direct",), rounds=1, chgnet=False))
+    with pytest.raises(InputError, match="2 processes failed: rank 1: RuntimeError: the fan fell off"):
+        scaling_launch.measure(session, 2, 4)
+
+
 def test_processes_that_hang_are_ended(file, monkeypatch, capsys) -> None:  # noqa: F811
     Path("hangs.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(scaling_launch, "_WORKER", "hangs")
@@ -161,7 +248,7 @@ def test_processes_that_hang_are_ended(file, monkeypatch, capsys) -> None:  # no
         monkeypatch, capsys, "scaling", "--frames", file, "--timed", 2, "--rounds", 1
     )
     assert (status, out) == (2, "")
-    assert lines[-1] == "error: 1 processes did not end within 3 s"
+    assert lines[-1] == "error: 1 process did not end within 3 s"
 
 
 @pytest.mark.parametrize(

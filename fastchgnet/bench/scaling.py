@@ -29,6 +29,7 @@ from fastchgnet.bench.session import Session
 from fastchgnet.bench.steps import Fit, file_sizes, fit_steps, global_batches, trainer_on
 from fastchgnet.config import ModelConfig, Provenance
 from fastchgnet.potential import Potential
+from fastchgnet.train.gradient import N_MESSAGES
 from fastchgnet.train.rooms import frame_sizes
 from fastchgnet.train.sampler import Strategy
 from fastchgnet.units import MAX_ATOMIC_NUMBER
@@ -47,9 +48,6 @@ N_FITTED = 8
 
 N_BATCHES = 50
 """Global batches that are divided in each case."""
-
-N_CHUNKS = 4
-"""In which the gradient is summed."""
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -110,7 +108,7 @@ def run(session: Session, asked: Asked) -> list[Row]:
             found, cost = {"of": "measurement", **fit.as_dict()}, fit.cost
     step = found | {"cost": cost._asdict(), "mean_frame_seconds": float(cost.of(sizes).mean())}
     rows = [{**base, **one, "step": step} for one in measured]
-    model = Model(cost, Gradient(_gradient_bytes(options.readouts[0]), N_CHUNKS), asked.network)
+    model = Model(cost, Gradient(_gradient_bytes(options.readouts[0]), N_MESSAGES), asked.network)
     for case in asked.cases():
         session.say(f"scaling: simulating {case.mode} scaling, {case.size} frames")
         row = {**base, "kind": "simulated", "note": NOTES["simulated"], **case._asdict(), "step": step}

@@ -37,7 +37,7 @@ def measure(session: Session, n_ranks: int, n_frames: int) -> dict[str, Any]:
         InputError: a process failed, or they did not end in time.
     """
     options = session.options
-    session.say(f"scaling: {n_frames} frames in {n_ranks} processes on {session.device.type}")
+    session.say(f"scaling: {n_frames} frames in {_processes(n_ranks)} on {session.device.type}")
     asked = {"readout": options.readouts[0], "device": session.device.type, "rounds": options.rounds}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -67,11 +67,15 @@ def _run(n_ranks: int, folder: Path) -> None:
         try:
             status = launcher.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            raise InputError(f"{n_ranks} processes did not end within {LIMIT:g} s") from None
+            raise InputError(f"{_processes(n_ranks)} did not end within {LIMIT:g} s") from None
         finally:
             _end(launcher)
     if status != 0 or not (folder / "found.json").exists():
-        raise InputError(f"{n_ranks} processes did not end well: {_reason(folder, status)}")
+        raise InputError(f"{_processes(n_ranks)} failed: {_reason(folder, status)}")
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _end(launcher: subprocess.Popen) -> None:

@@ -23,6 +23,7 @@ from fastchgnet.device_graph import count_candidates
 from fastchgnet.neighbors import graph_sizes
 from fastchgnet.prediction import systems_from_frames
 from fastchgnet.train.loop import Trainer
+from fastchgnet.train.ranks import ALONE, Ranks
 from fastchgnet.train.rooms import Rooms, frame_sizes
 from fastchgnet.train.sampler import Cost, fit_cost, share
 from fastchgnet.train.setup import Frames, reproducible
@@ -73,8 +74,8 @@ def write_frames(session: Session, n_frames: int, folder: Path) -> None:
     write_store(session.pool.workload(n_frames).frames, folder / "store", Provenance(name="bench"))
 
 
-def open_trainer(folder: Path, readout: str, device: torch.device) -> Trainer:
-    """Set a training run up on all the frames in a folder."""
+def open_trainer(folder: Path, readout: str, device: torch.device, ranks: Ranks = ALONE) -> Trainer:
+    """Set a training run up on all the frames in a folder, which are one batch."""
     store = Store(folder / "store")
     frames = Frames(store, np.arange(len(store)))
     values = {
@@ -84,7 +85,7 @@ def open_trainer(folder: Path, readout: str, device: torch.device) -> Trainer:
     }
     log = logging.getLogger("fastchgnet.references")
     log.disabled = True  # few frames may not determine all reference energies
-    trainer = Trainer(RunConfig.model_validate(values), frames, frames, device, None)
+    trainer = Trainer(RunConfig.model_validate(values), frames, frames, device, None, ranks)
     log.disabled = False
     trainer.potential.train()
     return trainer
