@@ -30,7 +30,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     panels = [key for key in PANELS if any(point[key] is not None for row in runs for point in row["curve"])]
     drawn = new_figure(len(panels))
     frames = last["frames"]
-    title = f"{frames['train']:,} frames, {last['readout']}; errors of {frames['val']:,} others"
+    title = f"{frames['train']:,} frames, {last['readout']} readout; errors of {frames['val']:,} others"
     drawn.suptitle(title, fontsize=12, color=INK)
     for axes, key in zip(drawn.axes, panels, strict=True):
         _panel(axes, runs, key)
