@@ -52,7 +52,7 @@ def test_the_faster_algorithm_wins_by_the_size_of_the_message() -> None:
     assert LINKS.allreduce(1e6, 16) == LINKS.ring(1e6, 16) < LINKS.tree(1e6, 16)
 
 
-def test_chunks_follow_each_other() -> None:
+def test_messages_follow_each_other() -> None:
     assert Gradient(64, 4).seconds(8, LINKS) == 4 * LINKS.allreduce(16, 8)
 
 

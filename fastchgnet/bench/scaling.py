@@ -62,7 +62,7 @@ NOTES = {
         "Simulated: these GPUs were not used. A step takes the largest share at the cost in `step`, which "
         "is measured on one device or assumed, what any step takes, and an all-reduce by the latencies and "
         "bandwidths in `network`; `seconds` hides nothing of it behind the backward pass, `seconds_hidden` "
-        "all but the last chunk. Planning is timed on this machine. Means over global batches from epochs "
+        "all but the last message. Planning is timed on this machine. Means over global batches from epochs "
         "in random order."
     ),
 }

@@ -73,14 +73,14 @@ class Network:
 
 
 class Gradient(NamedTuple):
-    """What is added up over the GPUs in every step, in chunks that follow each other."""
+    """What is added up over the GPUs in every step, in messages that follow each other."""
 
     n_bytes: int
-    n_chunks: int
+    n_messages: int
 
     def seconds(self, n_ranks: int, network: Network) -> float:
-        """Return how long all chunks take one after the other."""
-        return self.n_chunks * network.allreduce(self.n_bytes / self.n_chunks, n_ranks)
+        """Return how long all messages take one after the other."""
+        return self.n_messages * network.allreduce(self.n_bytes / self.n_messages, n_ranks)
 
 
 class Spent(NamedTuple):
@@ -145,9 +145,9 @@ class Model(NamedTuple):
     network: Network
 
     def point(self, loads: NDArray[np.float64], planning: float) -> dict[str, Any]:
-        """Describe a step: its length if no all-reduce is hidden, on what, and if all but the last chunk is.
+        """Describe a step: its length if nothing is hidden, on what, and if all messages but the last are.
 
-        A chunk is sent while the backward pass goes on with other layers, but for the last; how much of the
+        A message is sent while the backward pass goes on with other layers, but for the last; how much of the
         others shows depends on both, so that the truth lies between.
 
         Args:
@@ -157,7 +157,7 @@ class Model(NamedTuple):
         n_ranks = loads.shape[1]
         allreduce = self.gradient.seconds(n_ranks, self.network) if n_ranks > 1 else 0.0
         spent = spend(loads, self.cost.step, allreduce, planning)
-        hidden = spend(loads, self.cost.step, allreduce / self.gradient.n_chunks, planning)
+        hidden = spend(loads, self.cost.step, allreduce / self.gradient.n_messages, planning)
         return {
             "ranks": n_ranks,
             "seconds": spent.seconds,

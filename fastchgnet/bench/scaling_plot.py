@@ -26,11 +26,11 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Draw efficiencies over the number of GPUs, or of processes where these were measured.
 
     What is simulated is dashed, with nothing of the all-reduce hidden, and its band reaches to where all but
-    the last chunk is; what was measured has filled markers.
+    the last message is; what was measured has filled markers.
     """
     drawn = new_figure(2)
     drawn.set_size_inches(11.5, 5.6)
-    steps = {row["readout"] + describe_step(row["step"]): None for row in rows if row["kind"] == "simulated"}
+    steps = {row["readout"] + describe_step(row): None for row in rows if row["kind"] == "simulated"}
     colors = dict(zip(steps, COLORS * len(steps), strict=False))
     for axes, mode in zip(drawn.axes, TITLES, strict=True):
         style(
@@ -52,7 +52,7 @@ def _panel(axes: Axes, mode: Mode, rows: Sequence[Row], colors: Mapping[str, str
     sizes = sorted({row["size"] for row in simulated})
     ends = []
     for row in simulated:
-        color = colors[row["readout"] + describe_step(row["step"])]
+        color = colors[row["readout"] + describe_step(row)]
         dashes = DASHES[sizes.index(row["size"]) % len(DASHES)]
         ends.append((*_simulated(axes, row, color, dashes), color))
     _label_ends(axes, max(ranks), ends)
@@ -87,7 +87,7 @@ def _simulated(axes: Axes, row: Row, color: str, dashes: str) -> tuple[float, st
     ranks = [one["ranks"] for one in points]
     low, high = ([100 * one[f"efficiency_4{suffix}"] for one in points] for suffix in ("", "_hidden"))
     what = f"{row['readout']}, {_frames(row['mode'], row['size'])}"
-    label = f"simulated: {what},\nstep {describe_step(row['step'])}"
+    label = f"simulated: {what},\nstep {describe_step(row)}"
     axes.plot(ranks, low, dashes, color=color, lw=1.6, label=label)
     axes.fill_between(ranks, low, high, color=color, alpha=0.2, lw=0)
     lowest, highest = f"{low[-1]:.0f}", f"{high[-1]:.0f}"

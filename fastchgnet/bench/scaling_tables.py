@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from fastchgnet.bench import rows as bench_rows
 from fastchgnet.bench.rows import Row
 from fastchgnet.bench.scaling_model import Mode
-from fastchgnet.report import MISSING, Table
+from fastchgnet.report import MISSING, Table, text
 
 PAPER: dict[Mode, tuple[int, dict[int, float]]] = {
     "strong": (2048, {4: 1.0, 8: 1.65 / 2, 16: 3.18 / 4, 32: 5.26 / 8}),
@@ -37,23 +36,26 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(bench_rows.markdown(of_kind, tables) for of_kind in kinds if of_kind)
 
 
-def describe_step(step: dict[str, Any]) -> str:
+def describe_step(row: Row) -> str:
     """Say what a step is taken to cost, and where that is from."""
-    of = "assumed" if step["of"] == "assumption" else "measured"
+    step, device = row["step"], row["environment"]
+    where = "a CPU" if device["device_type"] == "cpu" else device["device"]
+    of = "assumed" if step["of"] == "assumption" else f"measured on {where}"
     fixed = step["cost"]["step"]
     return f"{of}: {_time(step['mean_frame_seconds'])} a frame" + (f" + {_time(fixed)}" if fixed else "")
 
 
 def _measured(rows: Sequence[Row]) -> Table:
-    header = ("measured", "processes", "frames", "ms a step", "modelled, ms", "efficiency")
+    header = ("measured", "processes", "frames", "ms a step", "efficiency", "CPU ms", "modelled")
     cells = [
         (
             f"{row['readout']}, {_case(row['mode'], row['size'])}",
             str(one["ranks"]),
             str(one["frames"]),
             f"{1e3 * one['seconds']:,.1f}",
-            f"{1e3 * one['modelled_seconds']:,.1f}",
             f"{one['efficiency_1']:.1%}",
+            text(max(one["cpu_seconds"]) if "cpu_seconds" in one else None, "{:,.1f}", 1e3),
+            f"{1e3 * one['modelled_seconds']:,.1f}",
         )
         for row in rows
         for one in row["points"]
@@ -69,11 +71,11 @@ def _simulated(rows: Sequence[Row]) -> Table:
     spent = ("waiting", "fixed", "allreduce", "planning")
     names = ("waiting", "fixed", "all-reduce", "planning")
     most = f"{max(map(max, points))}, "
-    header = ("simulated", "step", *map(str, ranks), f"{most}last chunk", *(most + name for name in names))
+    header = ("simulated", "step", *map(str, ranks), f"{most}last message", *(most + name for name in names))
     cells = [
         (
             f"{row['readout']}, {_case(row['mode'], row['size'])}",
-            describe_step(row["step"]),
+            describe_step(row),
             *(_percent(of_row.get(n, {}).get("efficiency_4")) for n in ranks),
             _percent(of_row[max(of_row)]["efficiency_4_hidden"]),
             *(
@@ -85,7 +87,7 @@ def _simulated(rows: Sequence[Row]) -> Table:
     ]
     title = (
         f"simulated efficiency relative to 4 GPUs, divided by {SAMPLER}, nothing of the all-reduce hidden, "
-        "or all but its last chunk; and shares of the step"
+        "or all but its last message; and shares of the step"
     )
     return Table(title, header, [*cells, *_published(ranks, len(header))])
 
