@@ -135,26 +135,27 @@ def simulate(
 
 
 def _measure(session: Session, asked: Asked) -> tuple[Fit, list[Row]]:
-    """Fit the cost to steps of this process, and time those of as many processes as there are devices."""
+    """Time steps of as many processes as there are devices, and fit the cost to those of this process."""
     options = session.options
     timed = asked.timed or TIMED[session.device.type]
     ranks = [n for n in sorted({1, *asked.ranks}) if n <= scaling_launch.n_devices(session.device)]
     n_fitted = max(N_FITTED, ranks[-1])
+    session.pool.workload(n_fitted * timed)  # where frames are too few, say so before anything is timed
+    cases = Case("strong", timed * ranks[-1]), Case("weak", timed)
+    wanted = dict.fromkeys((n, case.frames(n)) for case in cases for n in ranks)
+    # before this process takes memory of a GPU that it shares with one of them
+    found = {one: scaling_launch.measure(session, *one) for one in wanted}
     session.say(f"scaling: fitting the cost to {2 * n_fitted} steps of {options.readouts[0]} training")
     with trainer_on(session, n_fitted * timed, options.readouts[0]) as trainer:
         fit = fit_steps(trainer, n_fitted, options.rounds)
         frames = trainer.train
         sizes = frame_sizes(frames.store, frames.indices, ATOM_CUTOFF, BOND_CUTOFF)
-    done: dict[tuple[int, int], dict[str, Any]] = {}
     rows: list[Row] = []
-    for case in (Case("strong", timed * ranks[-1]), Case("weak", timed)):
-        points = []
-        for n_ranks in ranks:
-            n_frames = case.frames(n_ranks)
-            if (n_ranks, n_frames) not in done:
-                done[n_ranks, n_frames] = scaling_launch.measure(session, n_ranks, n_frames)
-            loads, _ = divide(sizes, [np.arange(n_frames)], n_ranks, "lpt", fit.cost)
-            points.append(done[n_ranks, n_frames] | {"modelled_seconds": float(loads.max()) + fit.cost.step})
+    for case in cases:
+        points = [dict(found[n, case.frames(n)]) for n in ranks]
+        for one in points:
+            loads, _ = divide(sizes, [np.arange(one["frames"])], one["ranks"], "lpt", fit.cost)
+            one["modelled_seconds"] = float(loads.max()) + fit.cost.step
         add_efficiencies(points)
         described = {"kind": "measured", "note": NOTES["measured"], **case._asdict(), "strategy": "lpt"}
         rows.append({**described, "points": points})
