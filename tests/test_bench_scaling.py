@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import ase.io
@@ -163,10 +164,12 @@ def test_processes_are_timed(tmp_path, monkeypatch) -> None:
     said: list[str] = []
     session = Session(Options(Path("crystals.xyz"), (), ("direct",), rounds=2, chgnet=False), said.append)
     point = scaling_launch.measure(session, 2, 4)
-    assert said == ["scaling: 4 frames in 2 processes on cpu"]
+    assert said[0] == "scaling: 4 frames in 2 processes on cpu"
+    assert all(line.startswith("warning: other processes") for line in said[1:])
     low, median, high = point["wall_seconds"]
     assert (point["ranks"], point["frames"]) == (2, 4) and 0 < low <= median == point["seconds"] <= high
     assert len(point["cpu_seconds"]) == 2 and min(point["cpu_seconds"]) > 0
+    assert point["other_work_cores"] is None or 0 <= point["other_work_cores"] <= (os.cpu_count() or 1)
 
 
 def test_measured_and_simulated_rows(tmp_path, monkeypatch, capsys) -> None:
@@ -177,7 +180,8 @@ def test_measured_and_simulated_rows(tmp_path, monkeypatch, capsys) -> None:
     def measure(session: Session, n_ranks: int, n_frames: int) -> dict[str, object]:
         timed.append((n_ranks, n_frames))
         seconds = n_frames / n_ranks + 1.0
-        return {"ranks": n_ranks, "frames": n_frames, "seconds": seconds, "wall_seconds": [seconds] * 3}
+        common = {"wall_seconds": [seconds] * 3, "other_work_cores": None}
+        return {"ranks": n_ranks, "frames": n_frames, "seconds": seconds, **common}
 
     monkeypatch.setattr(scaling_launch, "measure", measure)
     monkeypatch.setattr(scaling_launch, "n_devices", lambda device: 2)

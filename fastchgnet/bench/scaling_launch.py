@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastchgnet.bench.session import Session
+from fastchgnet.bench import timing
+from fastchgnet.bench.session import NOISE, Session
 from fastchgnet.bench.steps import write_frames
 from fastchgnet.errors import InputError
 
@@ -43,17 +46,25 @@ def measure(session: Session, n_ranks: int, n_frames: int) -> dict[str, Any]:
         folder = Path(name)
         write_frames(session, n_frames, folder)
         (folder / "asked.json").write_text(json.dumps({**asked, "limit": LIMIT + 60}))
-        _run(n_ranks, folder)
+        others = _watched(lambda: _run(n_ranks, folder))
         found = json.loads((folder / "found.json").read_text())
     wall = [float(p) for p in np.percentile(found[0]["wall"], (20, 50, 80))]
-    cpu = [float(np.median(of_rank["cpu"])) for of_rank in found]
-    return {
-        "ranks": n_ranks,
-        "frames": n_frames,
-        "seconds": wall[1],
-        "wall_seconds": wall,
-        "cpu_seconds": cpu,
-    }
+    if others is not None and others > NOISE:
+        session.say(f"warning: other processes used {others:.2f} cores; do not trust these times")
+    point: dict[str, Any] = {"ranks": n_ranks, "frames": n_frames, "seconds": wall[1], "wall_seconds": wall}
+    if session.device.type == "cpu":  # while it waits for others, a process uses its core little
+        point["cpu_seconds"] = [float(np.median(of_rank["cpu"])) for of_rank in found]
+    return point | {"other_work_cores": others}
+
+
+def _watched(run: Callable[[], None]) -> float | None:
+    """Run processes and return how many cores those of others used meanwhile, if the system tells."""
+    start, before = time.monotonic(), os.times()
+    with timing.OtherWork() as others:
+        run()
+    after = os.times()
+    own = after.children_user + after.children_system - before.children_user - before.children_system
+    return None if others.cores is None else max(0.0, others.cores - own / (time.monotonic() - start))
 
 
 def _run(n_ranks: int, folder: Path) -> None:

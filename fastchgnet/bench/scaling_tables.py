@@ -46,7 +46,16 @@ def describe_step(row: Row) -> str:
 
 
 def _measured(rows: Sequence[Row]) -> Table:
-    header = ("measured", "processes", "frames", "ms a step", "efficiency", "CPU ms", "modelled")
+    header = (
+        "measured",
+        "processes",
+        "frames",
+        "ms a step",
+        "efficiency",
+        "CPU ms",
+        "modelled",
+        "others, cores",
+    )
     cells = [
         (
             f"{row['readout']}, {_case(row['mode'], row['size'])}",
@@ -56,6 +65,7 @@ def _measured(rows: Sequence[Row]) -> Table:
             f"{one['efficiency_1']:.1%}",
             text(max(one["cpu_seconds"]) if "cpu_seconds" in one else None, "{:,.1f}", 1e3),
             f"{1e3 * one['modelled_seconds']:,.1f}",
+            text(one["other_work_cores"], "{:.2f}"),
         )
         for row in rows
         for one in row["points"]
