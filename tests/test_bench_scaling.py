@@ -242,6 +242,22 @@ def test_a_failing_process_is_reported_in_one_line(file, monkeypatch) -> None:  
         scaling_launch.measure(session, 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("worker", "reason"),
+    [
+        ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+        ("import os\nos.kill(os.getpid(), 9)", r"Signal 9 \(SIGKILL\) received by PID \d+"),
+        ("", "status 0, and nobody said why"),
+    ],
+)
+def test_processes_that_end_without_a_word(file, monkeypatch, worker, reason) -> None:  # noqa: F811
+    Path("silent.py").write_text(worker)
+    monkeypatch.setattr(scaling_launch, "_WORKER", "silent")
+    session = Session(Options(file, (), ("direct",), rounds=1, chgnet=False))
+    with pytest.raises(InputError, match=f"1 process failed: {reason}$"):
+        scaling_launch.measure(session, 1, 2)
+
+
 def test_processes_that_hang_are_ended(file, monkeypatch, capsys) -> None:  # noqa: F811
     Path("hangs.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(scaling_launch, "_WORKER", "hangs")

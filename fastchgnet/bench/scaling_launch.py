@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -105,5 +106,6 @@ def _reason(folder: Path, status: int) -> str:
     failed = sorted(folder.glob("failed-*"), key=lambda path: path.stat().st_mtime)
     if failed:
         return failed[0].read_text()
-    lines = [line for line in (folder / "log").read_text(errors="replace").splitlines() if "Error" in line]
-    return lines[-1].strip() if lines else f"status {status}, and nobody said why"
+    log = (folder / "log").read_text(errors="replace")
+    clue = re.search(r"^\w*Error: .+|Signal .+ received by PID \d+", log, re.MULTILINE)
+    return clue[0].strip() if clue else f"status {status}, and nobody said why"
