@@ -17,7 +17,7 @@ from test_bench import file, program  # noqa: F401, a fixture
 from test_sampler import made_up
 
 from fastchgnet.bench import rows as bench_rows
-from fastchgnet.bench import scaling, scaling_launch
+from fastchgnet.bench import scaling, scaling_launch, scaling_tables
 from fastchgnet.bench.scaling_model import (
     Case,
     Gradient,
@@ -29,6 +29,7 @@ from fastchgnet.bench.scaling_model import (
 )
 from fastchgnet.bench.session import Options, Session
 from fastchgnet.bench.steps import file_sizes
+from fastchgnet.data.frame import Frame
 from fastchgnet.errors import InputError
 from fastchgnet.train.sampler import DEFAULT_COST, Cost
 
@@ -163,7 +164,7 @@ def test_processes_are_timed(tmp_path, monkeypatch) -> None:
     ase.io.write("crystals.xyz", labelled_atoms(4))
     said: list[str] = []
     session = Session(Options(Path("crystals.xyz"), (), ("direct",), rounds=2, chgnet=False), said.append)
-    point = scaling_launch.measure(session, 2, 4)
+    point = scaling_launch.measure(session, 2, session.pool.workload(4).frames)
     assert said[0] == "scaling: 4 frames in 2 processes on cpu"
     assert all(line.startswith("warning: other processes") for line in said[1:])
     low, median, high = point["wall_seconds"]
@@ -177,8 +178,8 @@ def test_measured_and_simulated_rows(tmp_path, monkeypatch, capsys) -> None:
     ase.io.write("crystals.xyz", labelled_atoms(16))
     timed: list[tuple[int, int]] = []
 
-    def measure(session: Session, n_ranks: int, n_frames: int) -> dict[str, object]:
-        timed.append((n_ranks, n_frames))
+    def measure(session: Session, n_ranks: int, frames: list[Frame]) -> dict[str, object]:
+        timed.append((n_ranks, n_frames := len(frames)))
         seconds = n_frames / n_ranks + 1.0
         common = {"wall_seconds": [seconds] * 3, "other_work_cores": None}
         return {"ranks": n_ranks, "frames": n_frames, "seconds": seconds, **common}
@@ -219,6 +220,19 @@ def test_measured_and_simulated_rows(tmp_path, monkeypatch, capsys) -> None:
     assert Path("scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_measured_batches_of_weak_scaling_are_of_even_size() -> None:
+    sizes = made_up(64)
+    found = scaling._batches(sizes, (1, 2, 4))
+    for n in (1, 2, 4):
+        assert found["strong", n].tolist() == list(range(64))
+        weak = found["weak", n]
+        assert len(set(weak.tolist())) == len(weak) == 16 * n
+        # a quarter of the cost for each; in order, the quarters of these frames differ by 18 to 37%
+        assert DEFAULT_COST.of(sizes[weak]).sum() / n == pytest.approx(
+            DEFAULT_COST.of(sizes).sum() / 4, rel=0.02
+        )
+
+
 BREAKS = """
 import os, sys, time
 from pathlib import Path
@@ -239,7 +253,7 @@ def test_a_failing_process_is_reported_in_one_line(file, monkeypatch) -> None:  
     monkeypatch.setattr(scaling_launch, "_WORKER", "breaks")
     session = Session(Options(file, (), ("direct",), rounds=1, chgnet=False))
     with pytest.raises(InputError, match="2 processes failed: rank 1: RuntimeError: the fan fell off"):
-        scaling_launch.measure(session, 2, 4)
+        scaling_launch.measure(session, 2, session.pool.workload(4).frames)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +269,7 @@ def test_processes_that_end_without_a_word(file, monkeypatch, worker, reason) ->
     monkeypatch.setattr(scaling_launch, "_WORKER", "silent")
     session = Session(Options(file, (), ("direct",), rounds=1, chgnet=False))
     with pytest.raises(InputError, match=f"1 process failed: {reason}$"):
-        scaling_launch.measure(session, 1, 2)
+        scaling_launch.measure(session, 1, session.pool.workload(2).frames)
 
 
 def test_processes_that_hang_are_ended(file, monkeypatch, capsys) -> None:  # noqa: F811
@@ -285,3 +299,11 @@ def test_bad_input_ends_in_one_line_and_status_2(file, monkeypatch, capsys, args
     assert (status, out) == (2, "")
     assert lines[-1].startswith("error: ") and reason in lines[-1]
     assert all(line.startswith("scaling: ") for line in lines[:-1])
+
+
+def test_documented_tables_are_those_of_the_rows() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "scaling.md").read_text()
+    found = bench_rows.read(root / "benchmarks" / "results" / "scaling.json")
+    for table in scaling_tables.markdown(found).split("\n\n"):
+        assert table.strip() in page

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from fastchgnet.bench import scaling_launch
-from fastchgnet.bench.frames import ATOM_CUTOFF, BOND_CUTOFF
 from fastchgnet.bench.rows import Row, environment
 from fastchgnet.bench.scaling_model import (
     REFERENCES,
     Case,
     Gradient,
+    Mode,
     Model,
     Network,
     add_efficiencies,
@@ -26,12 +26,11 @@ from fastchgnet.bench.scaling_model import (
     divide,
 )
 from fastchgnet.bench.session import Session
-from fastchgnet.bench.steps import Fit, file_sizes, fit_steps, global_batches, trainer_on
+from fastchgnet.bench.steps import Fit, file_sizes, fit_steps, global_batches, sizes_of, trainer_on
 from fastchgnet.config import ModelConfig, Provenance
 from fastchgnet.potential import Potential
 from fastchgnet.train.gradient import N_MESSAGES
-from fastchgnet.train.rooms import frame_sizes
-from fastchgnet.train.sampler import Strategy
+from fastchgnet.train.sampler import Strategy, pack
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 RANKS = (1, 2, 4, 8, 16, 32)
@@ -54,9 +53,9 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 NOTES = {
     "measured": (
         "Measured: medians of steps of that many processes on one machine, a device each (one thread on a "
-        "CPU), on one global batch that lpt divides. `modelled_seconds` is what the cost in `step`, fitted "
-        "to one process, gives for the largest share, without an all-reduce; `cpu_seconds` are those of "
-        "each process."
+        "CPU), on one global batch that lpt divides; in weak scaling the batches are one, two, ... of even "
+        "shares of the largest. `modelled_seconds` is what the cost in `step`, fitted to one process, gives "
+        "for the largest share, without an all-reduce; `cpu_seconds` are those of each process."
     ),
     "simulated": (
         "Simulated: these GPUs were not used. A step takes the largest share at the cost in `step`, which "
@@ -140,26 +139,36 @@ def _measure(session: Session, asked: Asked) -> tuple[Fit, list[Row]]:
     timed = asked.timed or TIMED[session.device.type]
     ranks = [n for n in sorted({1, *asked.ranks}) if n <= scaling_launch.n_devices(session.device)]
     n_fitted = max(N_FITTED, ranks[-1])
-    session.pool.workload(n_fitted * timed)  # where frames are too few, say so before anything is timed
-    cases = Case("strong", timed * ranks[-1]), Case("weak", timed)
-    wanted = dict.fromkeys((n, case.frames(n)) for case in cases for n in ranks)
+    frames = session.pool.workload(n_fitted * timed).frames
+    sizes = sizes_of(frames)
+    batches = _batches(sizes[: timed * ranks[-1]], ranks)
     # before this process takes memory of a GPU that it shares with one of them
-    found = {one: scaling_launch.measure(session, *one) for one in wanted}
+    timings: dict[tuple[int, int], dict[str, Any]] = {}
+    for (_, n_ranks), batch in batches.items():
+        if (n_ranks, len(batch)) not in timings:
+            chosen = [frames[place] for place in batch]
+            timings[n_ranks, len(batch)] = scaling_launch.measure(session, n_ranks, chosen)
     session.say(f"scaling: fitting the cost to {2 * n_fitted} steps of {options.readouts[0]} training")
     with trainer_on(session, n_fitted * timed, options.readouts[0]) as trainer:
         fit = fit_steps(trainer, n_fitted, options.rounds)
-        frames = trainer.train
-        sizes = frame_sizes(frames.store, frames.indices, ATOM_CUTOFF, BOND_CUTOFF)
     rows: list[Row] = []
-    for case in cases:
-        points = [dict(found[n, case.frames(n)]) for n in ranks]
-        for one in points:
-            loads, _ = divide(sizes, [np.arange(one["frames"])], one["ranks"], "lpt", fit.cost)
-            one["modelled_seconds"] = float(loads.max()) + fit.cost.step
+    for case in (Case("strong", timed * ranks[-1]), Case("weak", timed)):
+        points = []
+        for batch, n_ranks in ((batches[case.mode, n], n) for n in ranks):
+            loads, _ = divide(sizes, [batch], n_ranks, "lpt", fit.cost)
+            modelled = {"modelled_seconds": float(loads.max()) + fit.cost.step}
+            points.append(timings[n_ranks, len(batch)] | modelled)
         add_efficiencies(points)
         described = {"kind": "measured", "note": NOTES["measured"], **case._asdict(), "strategy": "lpt"}
         rows.append({**described, "points": points})
     return fit, rows
+
+
+def _batches(sizes: NDArray[np.int64], ranks: Sequence[int]) -> dict[tuple[Mode, int], NDArray[np.int64]]:
+    """Choose a batch for each kind of scaling and number of ranks: all frames, or even shares of them."""
+    shares = pack(sizes, ranks[-1])
+    strong: dict[tuple[Mode, int], NDArray[np.int64]] = {("strong", n): np.arange(len(sizes)) for n in ranks}
+    return strong | {("weak", n): np.sort(np.concatenate(shares[:n])) for n in ranks}
 
 
 @contextmanager

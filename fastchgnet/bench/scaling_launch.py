@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from fastchgnet.bench import timing
 from fastchgnet.bench.session import NOISE, Session
 from fastchgnet.bench.steps import write_frames
+from fastchgnet.data.frame import Frame
 from fastchgnet.errors import InputError
 
 LIMIT = 540.0
@@ -34,25 +35,30 @@ def n_devices(device: torch.device) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure(session: Session, n_ranks: int, n_frames: int) -> dict[str, Any]:
-    """Time steps of several processes on a global batch of the first frames of the pool.
+def measure(session: Session, n_ranks: int, frames: Sequence[Frame]) -> dict[str, Any]:
+    """Time steps of several processes on a global batch.
 
     Raises:
         InputError: a process failed, or they did not end in time.
     """
     options = session.options
-    session.say(f"scaling: {n_frames} frames in {_processes(n_ranks)} on {session.device.type}")
+    session.say(f"scaling: {len(frames)} frames in {_processes(n_ranks)} on {session.device.type}")
     asked = {"readout": options.readouts[0], "device": session.device.type, "rounds": options.rounds}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_frames(session, n_frames, folder)
+        write_frames(frames, folder)
         (folder / "asked.json").write_text(json.dumps({**asked, "limit": LIMIT + 60}))
         others = _watched(lambda: _run(n_ranks, folder))
         found = json.loads((folder / "found.json").read_text())
     wall = [float(p) for p in np.percentile(found[0]["wall"], (20, 50, 80))]
     if others is not None and others > NOISE:
         session.say(f"warning: other processes used {others:.2f} cores; do not trust these times")
-    point: dict[str, Any] = {"ranks": n_ranks, "frames": n_frames, "seconds": wall[1], "wall_seconds": wall}
+    point: dict[str, Any] = {
+        "ranks": n_ranks,
+        "frames": len(frames),
+        "seconds": wall[1],
+        "wall_seconds": wall,
+    }
     if session.device.type == "cpu":  # while it waits for others, a process uses its core little
         point["cpu_seconds"] = [float(np.median(of_rank["cpu"])) for of_rank in found]
     return point | {"other_work_cores": others}

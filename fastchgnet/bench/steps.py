@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from fastchgnet.bench.frames import ATOM_CUTOFF, BOND_CUTOFF
 from fastchgnet.bench.session import Session
 from fastchgnet.config import Provenance, RunConfig
 from fastchgnet.data.formats import read_frames
+from fastchgnet.data.frame import Frame
 from fastchgnet.data.store import Store, write_store
 from fastchgnet.device_graph import count_candidates
 from fastchgnet.neighbors import graph_sizes
@@ -43,8 +44,13 @@ class Fit(NamedTuple):
 
 
 def file_sizes(path: Path) -> NDArray[np.int64]:
-    """Count what the frames of a file need room for, as `rooms.frame_sizes` those of a store."""
-    systems = systems_from_frames(read_frames(path))
+    """Count what the frames of a file need room for, as `sizes_of`."""
+    return sizes_of(list(read_frames(path)))
+
+
+def sizes_of(frames: Sequence[Frame]) -> NDArray[np.int64]:
+    """Count what frames need room for, as `rooms.frame_sizes` those of a store."""
+    systems = systems_from_frames(frames)
     sizes = graph_sizes(systems, ATOM_CUTOFF, BOND_CUTOFF)
     return np.column_stack([sizes, count_candidates(systems.cell, systems.pbc, sizes[:, 0], ATOM_CUTOFF)])
 
@@ -65,13 +71,13 @@ def trainer_on(session: Session, n_frames: int, readout: str) -> Iterator[Traine
         InputError: there are fewer frames than that.
     """
     with tempfile.TemporaryDirectory() as name:
-        write_frames(session, n_frames, Path(name))
+        write_frames(session.pool.workload(n_frames).frames, Path(name))
         yield open_trainer(Path(name), readout, session.device)
 
 
-def write_frames(session: Session, n_frames: int, folder: Path) -> None:
-    """Write the first frames of the pool for `open_trainer`."""
-    write_store(session.pool.workload(n_frames).frames, folder / "store", Provenance(name="bench"))
+def write_frames(frames: Iterable[Frame], folder: Path) -> None:
+    """Write labelled frames for `open_trainer`."""
+    write_store(frames, folder / "store", Provenance(name="bench"))
 
 
 def open_trainer(folder: Path, readout: str, device: torch.device, ranks: Ranks = ALONE) -> Trainer:
