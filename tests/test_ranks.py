@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, get_args
@@ -208,8 +210,8 @@ def test_processes_that_differ_are_refused_before_the_first_step(folder: Path, t
     (first, _, text), (second, *silent) = ranks.finish(ranks.start(commands))
     assert (first, second) == (2, 2) and silent == ["", ""]
     assert text == (
-        "error: rank 1 differs from rank 0 in optim.learning_rate, the training frames; all processes of a run "
-        "need the same configuration, data and versions\n"
+        "error: rank 1 differs from rank 0 in optim.learning_rate, the training frames; all processes of a "
+        "run need the same configuration, data and versions\n"
     )
     assert not (tmp_path / "a").exists()
 
@@ -222,6 +224,27 @@ def test_an_error_of_one_process_is_told_once(folder: Path, tmp_path: Path) -> N
     )
     assert (first, second) == (2, 2) and silent == ["", ""]
     assert text.startswith("error: rank 1: ") and "no store here" in text and len(text.splitlines()) == 1
+
+
+def test_the_launcher_restarts_what_was_killed(folder: Path, straight: list[float], tmp_path: Path) -> None:
+    """torchrun itself, whose processes go on from the last state without being told to."""
+    out = tmp_path / "run"
+    path = write(folder, out, train={"checkpoint_minutes": 1e-6})
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--standalone"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "fastchgnet", "train", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    wait_for_states(out)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "fastchgnet"], capture_output=True, text=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, text = process.communicate(timeout=2 * ranks.SECONDS)
+    assert process.returncode == 0, text
+    np.testing.assert_allclose(losses(out), straight, rtol=1e-8)
 
 
 def test_labels_are_counted_as_the_loss_does(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -120,13 +119,12 @@ def prefetch(
 
     An exception in `make` is raised here, in its turn. The thread ends with the iterator.
     """
-    todo = iter(arguments)
+    todo = map(make, arguments)  # drawn by the thread, since planning the next batches takes time as well
     worker = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        ready = deque(worker.submit(make, argument) for argument in itertools.islice(todo, depth))
-        while ready:
-            item = ready.popleft().result()
-            ready.extend(worker.submit(make, argument) for argument in itertools.islice(todo, 1))
+        ready = deque(worker.submit(next, todo, None) for _ in range(depth))
+        while (item := ready.popleft().result()) is not None:
+            ready.append(worker.submit(next, todo, None))
             yield item
     finally:
         worker.shutdown(cancel_futures=True)

@@ -22,8 +22,8 @@ from rich.text import Text
 from fastchgnet.config import load_run_config
 from fastchgnet.errors import InputError
 from fastchgnet.loss import REPORT_UNITS
+from fastchgnet.train.launcher import is_first, told_once
 from fastchgnet.train.loop import Watcher
-from fastchgnet.train.ranks import is_first, told_once
 from fastchgnet.train.run import Summary, train
 
 _FORMATS = ("E {:.1f} meV/atom", "F {:.1f} meV/A", "S {:.3f} GPa", "M {:.1f} m mu_B")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastchgnet.device import pick_device
 from fastchgnet.errors import InputError, ToldElsewhere
-from fastchgnet.train.watch import Watch, speaks
+from fastchgnet.train.launcher import connect, is_alone, meet
+from fastchgnet.train.watch import Watch
 
 T = TypeVar("T")
 
@@ -157,20 +158,6 @@ ALONE = Ranks()
 """One process that shares its run with nobody."""
 
 
-def is_first() -> bool:
-    """Tell whether this process is the only one of its run, or the one that prints."""
-    return _alone() or os.environ["RANK"] == "0"
-
-
-def told_once(error: InputError) -> InputError:
-    """Return what to raise for an error that processes meet before they have joined: one prints it."""
-    return error if _alone() or speaks(str(error)) else ToldElsewhere(str(error))
-
-
-def _alone() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
-
-
 @contextmanager
 def joined(device: str, timeout: float, stop: threading.Event) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the processes that torchrun has started, if it has, and pick this one's device.
@@ -183,14 +170,22 @@ def joined(device: str, timeout: float, stop: threading.Event) -> Iterator[tuple
     Raises:
         InputError: no such device, or fewer GPUs than processes; another process has ended or hangs.
     """
-    if _alone():
+    if is_alone():
         yield ALONE, pick_device(device)
         return
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     limit = datetime.timedelta(seconds=timeout + _SPARE_SECONDS)
-    dist.init_process_group("gloo", timeout=limit)  # messages between hosts; the GPUs get links of their own
-    number, count = dist.get_rank(), dist.get_world_size()
+    store = connect(limit.total_seconds())
+    name = meet(store, timeout)
     try:
-        with Watch(number, count, timeout, stop) as watch:
+        # messages between hosts; the GPUs get links of their own
+        group = dist.PrefixStore(f"{name}/group", store)
+        dist.init_process_group("gloo", store=group, rank=number, world_size=count, timeout=limit)
+    except RuntimeError as error:
+        raise InputError(f"rank {number} cannot reach the others: {str(error).splitlines()[0]}") from error
+    try:
+        own_store = dist.PrefixStore(f"{name}/watch", connect(limit.total_seconds()))
+        with Watch(own_store, number, count, timeout, stop) as watch:
             ranks = Ranks(number, count, watch)
             with ranks.together():
                 own = ranks._own_device(device, int(os.environ.get("LOCAL_RANK", number)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastchgnet.config import RunConfig, load_run_config
 from fastchgnet.errors import InputError
 from fastchgnet.files import only_process, write_atomically
 from fastchgnet.train.checkpoint import Progress, load_state
+from fastchgnet.train.launcher import is_restarted
 from fastchgnet.train.log import RunLog, read_metrics
 from fastchgnet.train.loop import State, Trainer, Watcher
 from fastchgnet.train.ranks import Ranks, joined
@@ -65,7 +65,7 @@ def train(config: RunConfig, resume: bool = False, watcher: Watcher | None = Non
             `resume`; a loss that is not a number, naming the frames; processes that differ, end or hang.
     """
     timeout = 60 * config.train.timeout_minutes
-    resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    resume = resume or is_restarted()
     with stop_request() as stop, joined(config.train.device, timeout, stop) as (ranks, device):
         with ranks.together():
             config = resolve(config)

@@ -21,15 +21,13 @@ from typing import NamedTuple, NoReturn, Self
 import torch.distributed as dist
 
 from fastchgnet.errors import InputError, ToldElsewhere
+from fastchgnet.train.launcher import reason, speaks
 
 _BEAT_SECONDS = 0.5
 """Between two reports of a process."""
 
 _GRACE_SECONDS = 3.0
 """After which a process that has written nothing new has ended."""
-
-_REASON = "reason"
-"""Key under which the first process that ends says why; those that find one there end without a word."""
 
 
 class _Report(NamedTuple):
@@ -49,6 +47,7 @@ class Watch:
     """Watch over one process of a run; a context, inside which a thread does so.
 
     Args:
+        store: shared by the processes; a connection of its own, as the thread uses it.
         number: of this process.
         count: of all processes.
         timeout: seconds of waiting after which this process ends.
@@ -58,9 +57,11 @@ class Watch:
         place: where the process is, for messages.
     """
 
-    def __init__(self, number: int, count: int, timeout: float, stop: threading.Event) -> None:
+    def __init__(
+        self, store: dist.Store, number: int, count: int, timeout: float, stop: threading.Event
+    ) -> None:
         self._number, self._count, self._timeout, self._stop = number, count, timeout, stop
-        self._store = _connect()
+        self._store = store
         self.place = "at the start"
         self._n_waits = self._n_beats = 0
         self._since: float | None = None
@@ -102,7 +103,7 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # where the store is gone, too
             before = self._reports()
             deadline = time.monotonic() + _GRACE_SECONDS
-            while time.monotonic() < deadline and not self._store.check([_REASON]):
+            while time.monotonic() < deadline and reason(self._store) is None:
                 time.sleep(_BEAT_SECONDS / 5)
             now = self._reports()
             dead = [n for n in range(self._count) if n != self._number and now.get(n) == before.get(n)]
@@ -112,7 +113,7 @@ class Watch:
                 text = f"{self._names(dead, now)} ended without a word; --resume goes on from the last state"
             if speaks(text, self._store):
                 raise InputError(text) from error
-            raise ToldElsewhere(self._store.get(_REASON).decode()) from error
+            raise ToldElsewhere(reason(self._store) or text) from error
         raise InputError(f"lost contact with the launcher and the other processes at {self.place}") from error
 
     def _run(self) -> None:
@@ -126,7 +127,7 @@ class Watch:
                 if waited > self._timeout:
                     self._give_up()
                 # a process that waits for GPUs is not told that their links are broken
-                if waited > 2 * _GRACE_SECONDS and self._store.check([_REASON]):
+                if waited > 2 * _GRACE_SECONDS and reason(self._store) is not None:
                     os._exit(2)
         except RuntimeError:
             self._stop.set()
@@ -150,18 +151,3 @@ class Watch:
 
     def _names(self, numbers: list[int], reports: dict[int, _Report]) -> str:
         return ", ".join(reports[n].name(n) if n in reports else f"rank {n}" for n in numbers)
-
-
-def speaks(text: str, store: dist.Store | None = None) -> bool:
-    """Tell whether this process is the first of its run to give a reason for ending; it prints it."""
-    store = store or _connect()
-    mine = f"rank {os.environ['RANK']}: {text}"
-    return store.compare_set(_REASON, "", mine).decode() == mine
-
-
-def _connect() -> dist.Store:
-    """Connect to the store of the launcher; one of its own, as calls of other connections may wait."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-    # a run that was restarted shares the store with its predecessor
-    return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
