@@ -38,8 +38,8 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m fastchgnet train CONFIG --resume
     """
-    from fastchgnet.train.progress import train_in_terminal
     from fastchgnet.train.launcher import is_first
+    from fastchgnet.train.progress import train_in_terminal
 
     summary = train_in_terminal(config, overrides or [], resume)
     if as_json and is_first():
