@@ -18,7 +18,7 @@ TITLES: Mapping[Mode, str] = {"strong": "Strong scaling", "weak": "Weak scaling"
 DASHES = ("--", "-.", ":")
 GREY = "#7a7a7a"
 
-_GAP = 5.5
+_GAP = 3
 """Least distance, in percent, of the figures behind the last points."""
 
 
@@ -29,7 +29,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     the last message is; what was measured has filled markers.
     """
     drawn = new_figure(2)
-    drawn.set_size_inches(11.5, 5.6)
+    drawn.set_size_inches(11.5, 6.4)
     steps = {row["readout"] + describe_step(row): None for row in rows if row["kind"] == "simulated"}
     colors = dict(zip(steps, COLORS * len(steps), strict=False))
     for axes, mode in zip(drawn.axes, TITLES, strict=True):
@@ -66,8 +66,8 @@ def _panel(axes: Axes, mode: Mode, rows: Sequence[Row], colors: Mapping[str, str
     axes.set_xticks(sorted(ranks))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(min(ranks) / 1.15, max(ranks) * 1.8)  # room for the figures of the last points
-    axes.set_ylim(0, 108)
-    axes.legend(fontsize=7.5, frameon=False, loc="lower left")
+    axes.set_ylim(min(50, axes.get_ylim()[0]), 108)
+    axes.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
 
 
 def _published(axes: Axes, mode: Mode) -> set[int]:
@@ -87,7 +87,7 @@ def _simulated(axes: Axes, row: Row, color: str, dashes: str) -> tuple[float, st
     ranks = [one["ranks"] for one in points]
     low, high = ([100 * one[f"efficiency_4{suffix}"] for one in points] for suffix in ("", "_hidden"))
     what = f"{row['readout']}, {_frames(row['mode'], row['size'])}"
-    label = f"simulated: {what},\nstep {describe_step(row)}"
+    label = f"simulated: {what}, step {describe_step(row)}"
     axes.plot(ranks, low, dashes, color=color, lw=1.6, label=label)
     axes.fill_between(ranks, low, high, color=color, alpha=0.2, lw=0)
     lowest, highest = f"{low[-1]:.0f}", f"{high[-1]:.0f}"
