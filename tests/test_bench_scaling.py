@@ -292,6 +292,7 @@ def test_processes_that_hang_are_ended(file, monkeypatch, capsys) -> None:  # no
         (("--frames", "crystals.xyz", "--out", "crystals.xyz"), "crystals.xyz: not JSON"),
         (("--frames", "crystals.xyz"), "8 frames, fewer than a batch of 256"),
         (("--frames", "crystals.xyz", "--device", "nodevice"), "device nodevice cannot be used"),
+        (("--frames", "crystals.xyz", "--fixed-us", 400), "--fixed-us goes with --frame-us"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_status_2(file, monkeypatch, capsys, args, reason) -> None:  # noqa: F811

@@ -139,7 +139,7 @@ def scaling(
         int | None, typer.Option(min=2, help="Frames of a process in timed steps; default: CPU 32, GPU 128.")
     ] = None,
     frame_us: Annotated[
-        float | None, typer.Option(min=0, help="Time nothing; assume that a mean frame takes this long.")
+        float | None, typer.Option(min=0.001, help="Time nothing; assume that a mean frame takes this long.")
     ] = None,
     fixed_us: Annotated[float, typer.Option(min=0, help="With --frame-us: what any step takes on top.")] = 0,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="Simulated GPUs with fast links.")] = 4,
@@ -158,7 +158,10 @@ def scaling(
     from fastchgnet.bench.rows import append, check_out
     from fastchgnet.bench.scaling_tables import tables
     from fastchgnet.bench.session import Options, Session
+    from fastchgnet.errors import InputError
 
+    if fixed_us and frame_us is None:
+        raise InputError("--fixed-us goes with --frame-us; without it, steps are timed")
     check_out(out)
     options = Options(frames, (), (readout.value,), device, None, rounds, seed, label, False, False)
     asked = bench.Asked(
