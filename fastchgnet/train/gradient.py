@@ -100,7 +100,9 @@ class _Filling:
     def hook(self, number: int) -> Any:
         """Return what takes the gradient by one parameter when it is complete."""
 
-        def take(gradient: Tensor) -> None:
+        def take(gradient: Tensor | None) -> None:
+            if gradient is None:  # no function on the way has one: `finish` fills in zeros
+                return
             self.found[number] = gradient.detach()
             while self.todo and all(n in self.found for n in self.todo[-1].parameters):
                 self._fill(self.todo.pop())
