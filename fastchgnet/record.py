@@ -84,7 +84,7 @@ class Recorder:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                logger.warning("steps cannot be recorded and run one by one: %s", _first_line(error))
+                logger.warning("steps cannot be recorded and run one by one: %s", first_line(error))
                 self.stop()
                 return self._function(shapes, inputs)
         recording = self._recordings[shapes]
@@ -103,5 +103,6 @@ class Recorder:
         return _Recording(fixed, replay, result)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

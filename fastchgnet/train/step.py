@@ -17,7 +17,7 @@ from fastchgnet.errors import InputError
 from fastchgnet.loss import empty_tally, tally
 from fastchgnet.ops.gpu.runtime import precision
 from fastchgnet.potential import Potential
-from fastchgnet.record import Record, Recorder
+from fastchgnet.record import Record, Recorder, first_line
 from fastchgnet.train.batches import Division
 from fastchgnet.train.gradient import Gradient
 from fastchgnet.train.optim import Optimizer
@@ -100,8 +100,43 @@ class Work(NamedTuple):
     division: Division
 
 
+class Together:
+    """Make recordings in all processes, or in none: recorded messages might not meet those that are not.
+
+    All processes take the same steps in the same rooms, and so record in the same step.
+
+    Args:
+        record: makes recordings in this process.
+        ranks: the processes.
+    """
+
+    def __init__(self, record: Record, ranks: Ranks) -> None:
+        self._record, self._ranks = record, ranks
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Record `function`; raise RuntimeError in all processes where one of them cannot."""
+        if torch.cuda.is_available():
+            # a recording begins with this, where nobody would notice that a process is missing
+            with self._ranks.waiting():
+                torch.cuda.synchronize()
+        made, text = None, None
+        try:
+            made = self._record(function)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            text = first_line(error)
+        texts = self._ranks.gather(text)
+        failed = [number for number, one in enumerate(texts) if one is not None]
+        if made is None or failed:
+            raise RuntimeError(f"rank {failed[0]}: {texts[failed[0]]}")
+        return made
+
+
 class Steps:
     """Take steps on work: recorded where that is possible, in more parts where memory asks for it.
+
+    `close` it before the links between processes end.
 
     Args:
         step: what to do with a batch.
@@ -122,7 +157,13 @@ class Steps:
         self.step, self.source, self.division, self.weigh = step, source, division, weigh
         self._ranks = step.gradient.ranks
         self._halved = False
+        if record is not None and self._ranks.count > 1:
+            record = Together(record, self._ranks)
         self._recorder = Recorder(self._in_room, record)
+
+    def close(self) -> None:
+        """Drop all recordings and make no more: NCCL does not end its links while one of them is there."""
+        self._recorder.stop()
 
     def prepare(self, positions: NDArray[np.int64]) -> Work:
         """Have the source prepare this process's share of the frames at these positions."""
