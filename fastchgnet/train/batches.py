@@ -43,7 +43,7 @@ class Batches:
     """
 
     def __init__(self, sizes: Sizes, batch_size: int, seed: int, strategy: Strategy = "lpt") -> None:
-        self._sizes, self._seed, self._strategy = sizes, seed, strategy
+        self.sizes, self._seed, self._strategy = sizes, seed, strategy
         self._n_batches = math.ceil(len(sizes) / batch_size)
         pool = min(_POOL_BATCHES, max(1, _POOL_FRAMES // batch_size))
         self._n_pools = max(1, round(self._n_batches / pool))
@@ -55,14 +55,14 @@ class Batches:
     def epoch(self, number: int) -> Iterator[NDArray[np.int64]]:
         """Yield the batches of an epoch as places in `sizes`, each pool divided when its turn comes."""
         generator = np.random.default_rng([self._seed, number])
-        cut = np.array_split(generator.permutation(len(self._sizes)), self._n_batches)
+        cut = np.array_split(generator.permutation(len(self.sizes)), self._n_batches)
         if self._strategy == "sequential" or self._n_pools == self._n_batches:
             yield from cut
             return
         for numbers in np.array_split(np.arange(self._n_batches), self._n_pools):
             pool = np.concatenate(cut[numbers[0] : numbers[-1] + 1])
             noise = generator.uniform(1 - _NOISE, 1 + _NOISE, len(pool))
-            packed = pack(self._sizes[pool], len(numbers), self._strategy, noise)
+            packed = pack(self.sizes[pool], len(numbers), self._strategy, noise)
             # in random order, since the first ones tend to hold the largest frames
             for place in generator.permutation(len(packed)):
                 yield pool[packed[place]]
@@ -70,7 +70,7 @@ class Batches:
     def fingerprint(self) -> str:
         """Hash what decides, so that a run is not resumed, or shared, with other batches."""
         rule = f"1 {self._strategy} {self._seed} {self._n_batches} {self._n_pools}"  # 1: version of the rule
-        sizes = np.ascontiguousarray(self._sizes, dtype="<i8")
+        sizes = np.ascontiguousarray(self.sizes, dtype="<i8")
         return hashlib.sha256(rule.encode() + sizes.tobytes()).hexdigest()
 
 

@@ -153,7 +153,8 @@ class DeviceGraphs:
         tensors = self._numbers(positions, room) if self.resident else self._frames(positions, room)
         if self.stream is None:
             return Item(tuple(to_device(t, self.device) for t in tensors))
-        with torch.cuda.stream(self.stream):
+        # a thread begins on the first GPU, and going back to a stream there would take memory of it
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             sent = tuple(to_device(t, self.device) for t in tensors)
             return Item(sent, self.stream.record_event())
 
@@ -205,7 +206,10 @@ def open_sources(
     batches: Batches,
     division: Division,
 ) -> tuple[Source, Source]:
-    """Open the sources of a run: graphs are built on the device, unless that is the CPU."""
+    """Open the sources of a run: graphs are built on the device, unless that is the CPU.
+
+    Batches are those of the training frames, with sizes within the cutoffs of their store.
+    """
     if potential.device.type == "cpu":
         return HostGraphs(train, potential), HostGraphs(val, potential)
     of_the_run = itertools.chain.from_iterable(map(batches.epoch, range(config.train.epochs)))
@@ -222,7 +226,9 @@ def open_sources(
         if store.path not in resident:
             room_for_it = config.data.resident == "auto" and _fits_device(store, potential.device)
             resident[store.path] = ResidentFrames(store, potential.device) if room_for_it else None
-        sizes = frame_sizes(store, frames.indices, *cutoffs)
+        plan = store.header.plan
+        counted = frames is train and cutoffs == (plan.atom_cutoff, plan.bond_cutoff)
+        sizes = batches.sizes if counted else frame_sizes(store, frames.indices, *cutoffs)
         planning = Planning(sizes, to_plan_for, division if frames is train else Division(sizes))
         sources.append(DeviceGraphs(frames, potential, planning, resident[store.path]))
     return sources[0], sources[1]
