@@ -20,7 +20,8 @@ from ase.calculators.emt import EMT
 from fastchgnet.config import RunConfig
 from fastchgnet.data.frame import Frame
 from fastchgnet.data.store import Store
-from fastchgnet.train.loop import Trainer
+from fastchgnet.train.checkpoint import load_state
+from fastchgnet.train.loop import State, Trainer, shared
 from fastchgnet.train.ranks import ALONE, Ranks, joined
 from fastchgnet.train.setup import Frames, reproducible
 
@@ -104,10 +105,10 @@ def run(count: int, function: str, *arguments: object) -> None:
 # in the processes
 
 
-def trainer_for(config: RunConfig, ranks: Ranks = ALONE) -> Trainer:
+def trainer_for(config: RunConfig, ranks: Ranks = ALONE, state: State | None = None) -> Trainer:
     """Set a run up without its files."""
     frames = Frames(Store(config.data.train), np.arange(len(Store(config.data.train))))
-    trainer = Trainer(config, frames, frames, torch.device("cpu"), None, ranks)
+    trainer = Trainer(config, frames, frames, torch.device("cpu"), state, ranks)
     trainer.align()
     trainer.potential.train()
     return trainer
@@ -135,3 +136,23 @@ def take_steps(configurations: str, results: str) -> None:
                 found.append(steps(trainer_for(config, ranks), batches))
         if ranks.first:
             torch.save(found, results)
+
+
+def interrupt_an_epoch(configurations: str) -> None:
+    """Save between two steps and go on from there; the bits are those of steps without a pause."""
+    ((config, batches),) = torch.load(configurations, weights_only=False)
+    with joined("cpu", SECONDS, threading.Event()) as (ranks, device), reproducible(device):
+        straight, before = (trainer_for(config, ranks) for _ in range(2))
+        steps(straight, batches)
+        steps(before, batches[:-1])
+        before.save_state()
+        state = load_state(config.train.out / "state") if ranks.first else None
+        found, *_ = ranks.gather(state and shared(state))
+        after = trainer_for(config, ranks, state or found)
+        steps(after, batches[-1:])
+        for one, other in ((straight._weights(), after._weights()), *_sums(straight, after)):
+            assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def _sums(*trainers: Trainer) -> list[tuple[dict[str, torch.Tensor], ...]]:
+    return [tuple(trainer._of_all(trainer.sums).as_dict() for trainer in trainers)]

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, get_args
@@ -21,9 +22,13 @@ from test_train import TINY
 
 from fastchgnet.config import Provenance, RunConfig
 from fastchgnet.data.store import Store, write_store
+from fastchgnet.errors import InputError
+from fastchgnet.files import only_process
 from fastchgnet.loss import tally
+from fastchgnet.train import train
 from fastchgnet.train.checkpoint import load_state
 from fastchgnet.train.log import read_metrics
+from fastchgnet.train.ranks import joined
 from fastchgnet.train.sampler import Strategy
 from fastchgnet.train.setup import Frames
 
@@ -101,6 +106,20 @@ def test_losses_do_not_depend_on_the_number_of_processes(folder: Path, tmp_path:
     for count in (2, 3):
         (found,) = taken(count, [(config, batches)], tmp_path)
         np.testing.assert_allclose(found["losses"], expected, rtol=1e-8)
+
+
+def test_resuming_within_an_epoch_changes_no_bit(folder: Path, tmp_path: Path) -> None:
+    config = configure(folder, tmp_path / "run")
+    torch.save([(config, np.array_split(np.random.default_rng(0).permutation(30), 5))], tmp_path / "runs")
+    ranks.run(2, "interrupt_an_epoch", tmp_path / "runs")
+    state = load_state(tmp_path / "run/state")
+    assert state is not None
+    fewer = ranks.trainer_for(config, state=state)  # one process goes on with all of both
+    np.testing.assert_array_equal(fewer.sums.count, state[0]["sums.count"].sum(0))
+    for name in ("sums.count", "potential.references"):
+        other = {key: tensor for key, tensor in state[0].items() if key != name}
+        with pytest.raises(InputError, match="another version"):
+            ranks.trainer_for(config, state=(other, state[1]))
 
 
 # runs that survive
@@ -199,6 +218,46 @@ def test_stopping_by_a_signal_to_one_process_stops_all(
     assert "--resume continues" in ended[0][2].splitlines()[-1]
     train_on(3, folder, out, "--resume")
     np.testing.assert_allclose(losses(out), straight, rtol=1e-8)
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_process_that_does_not_come_is_named(folder: Path, tmp_path: Path, absent: int) -> None:
+    path = write(folder, tmp_path / "run", train={"timeout_minutes": 0.05})
+    commands = [["-m", "fastchgnet", "train", str(path)] for _ in range(3)]
+    commands[absent] = ["-c", "pass"]
+    ended = ranks.finish(ranks.start(commands))
+    assert [status for status, *_ in ended] == [2 * (number != absent) for number in range(3)], ended
+    text = "".join(text for *_, text in ended)
+    assert f"error: rank {absent} had not come to the start of the run when 3 s had passed" in text
+    assert "Traceback" not in text
+
+
+def test_a_process_that_waits_for_others_can_be_stopped(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    for number in (0, 1):  # who keeps the store, and who waits for it
+        for name, value in ranks.environment(number, 2, ranks.free_port()).items():
+            monkeypatch.setenv(name, value)
+        refused = pytest.raises(InputError, match=f"rank {1 - number} had not come .* this was stopped")
+        with refused, joined("cpu", ranks.SECONDS, stop):
+            pass
+
+
+def test_a_folder_in_use_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
+    config = configure(folder, tmp_path / "run", train={"epochs": 1})
+    train(config)
+    older, newest = sorted((tmp_path / "run/state").iterdir())
+    older.write_bytes(newest.read_bytes())
+    newest.write_bytes(newest.read_bytes().replace(b'epoch\\": 1', b'epoch\\": 0'))
+    unfinished = tmp_path / "run/state/.step.part"
+    unfinished.touch()
+    with only_process(tmp_path / "run"), pytest.raises(InputError, match="another process is writing"):
+        train(config, resume=True)
+    assert newest.exists() and unfinished.exists()
+    assert train(config, resume=True).progress.epoch == 1
+    assert not newest.exists() and not unfinished.exists()  # as its header was damaged
 
 
 def test_processes_that_differ_are_refused_before_the_first_step(folder: Path, tmp_path: Path) -> None:

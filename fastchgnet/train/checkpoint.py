@@ -1,6 +1,6 @@
 """The state of an unfinished run: everything that the next step depends on, in two generations.
 
-A state is one safetensors file; its header holds the position in the run and a checksum of the tensors.
+A state is one safetensors file; its header holds the position in the run and a checksum of both.
 It is written beside, synced and renamed, and the one before it is kept, so that a process killed at any
 moment, or a damaged file, costs the work since the last good state and no more.
 """
@@ -47,7 +47,8 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], progress: Progress) 
         InputError: the disk does not take it; the states that were there remain.
     """
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"progress": json.dumps(dataclasses.asdict(progress)), "sha256": _checksum(on_host)}
+    position = json.dumps(dataclasses.asdict(progress))
+    metadata = {"progress": position, "sha256": _checksum(on_host, position)}
     path = folder / f"step-{progress.step:010d}.safetensors"
     write_atomically(path, to_safetensors(on_host, metadata))
     for old in _states(folder)[GENERATIONS:]:
@@ -86,15 +87,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Progress]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        if metadata["sha256"] != _checksum(tensors):
+        if metadata["sha256"] != _checksum(tensors, metadata["progress"]):
             raise InputError(f"{path}: damaged, its checksum does not match")
         return tensors, Progress(**json.loads(metadata["progress"]))
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged or not a state of a run ({error})") from error
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: Mapping[str, Tensor], position: str) -> str:
+    digest = hashlib.sha256(position.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].numpy().tobytes())

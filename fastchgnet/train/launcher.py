@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import os
+import socket
+import threading
 import time
 import uuid
 
@@ -23,9 +26,16 @@ def is_alone() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
+def check_launcher() -> None:
+    """Raise InputError where something has set WORLD_SIZE that is no launcher."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(f"WORLD_SIZE is set without {', '.join(missing)}; start the processes with torchrun")
+
+
 def is_first() -> bool:
     """Tell whether this process is the only one of its run, or the one that prints."""
-    return is_alone() or os.environ["RANK"] == "0"
+    return is_alone() or os.environ.get("RANK") == "0"
 
 
 def is_restarted() -> bool:
@@ -48,7 +58,25 @@ def connect(timeout: float) -> dist.Store:
     )
 
 
-def meet(store: dist.Store, timeout: float) -> str:
+def await_store(timeout: float, stop: threading.Event) -> None:
+    """Wait until the first process keeps its store: `connect` would, but hears of no signal meanwhile.
+
+    Raises:
+        InputError: it does not within `timeout` seconds, or before `stop` was set.
+    """
+    if is_first() or _launcher_keeps_store():
+        return
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and not stop.is_set():
+        with contextlib.suppress(OSError):
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(address, timeout=1).close()
+            return
+        time.sleep(_PAUSE_SECONDS)
+    raise InputError(f"rank 0 had not come to the start of the run when {_when(timeout, stop)}")
+
+
+def meet(store: dist.Store, timeout: float, stop: threading.Event) -> str:
     """Wait for all processes, and return a name for their meeting that no processes before them had.
 
     A launcher that restarts processes, or goes on with more or fewer of them, keeps its store, and what the
@@ -56,13 +84,14 @@ def meet(store: dist.Store, timeout: float) -> str:
     proposes the list of numbers that it finds, and again where they change, until all find their own in it.
 
     Raises:
-        InputError: some did not come within `timeout` seconds.
+        InputError: some did not come within `timeout` seconds, or before `stop` was set.
+        ToldElsewhere: another process that came tells so.
     """
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     mine = uuid.uuid4().hex
     store.set(f"here/{number}", mine)
     deadline, seconded = time.monotonic() + timeout, ""
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not stop.is_set():
         if number == 0:
             keys = [f"here/{n}" for n in range(count)]
             if store.check(keys):
@@ -76,9 +105,22 @@ def meet(store: dist.Store, timeout: float) -> str:
             if n_seconded == count:
                 return name
         time.sleep(_PAUSE_SECONDS)
-    missing = [n for n in range(count) if not store.check([f"here/{n}"])]
-    who = f"rank {', '.join(map(str, missing))}" if missing else "some of the processes"
-    raise InputError(f"{who} did not come to the start of the run within {timeout:g} s")
+    raise _not_met(store, count, _when(timeout, stop))
+
+
+def _when(timeout: float, stop: threading.Event) -> str:
+    return "this was stopped" if stop.is_set() else f"{timeout:g} s had passed"
+
+
+def _not_met(store: dist.Store, count: int, when: str) -> InputError:
+    """Return what to raise where some did not come: one of those who did prints it."""
+    numbers = [store.get(f"here/{n}") if store.check([f"here/{n}"]) else None for n in range(count)]
+    missing = [str(n) for n, one in enumerate(numbers) if one is None]
+    who = f"rank {', '.join(missing)}" if missing else "some of the processes"
+    text = f"{who} had not come to the start of the run when {when}"
+    # beside the number of the first one who came, as former processes may have said something, too
+    met = next(one for one in numbers if one is not None).decode()
+    return InputError(text) if speaks(text, dist.PrefixStore(f"late/{met}", store)) else ToldElsewhere(text)
 
 
 def speaks(text: str, store: dist.Store) -> bool:
@@ -97,7 +139,10 @@ def told_once(error: InputError) -> InputError:
     if is_alone() or not _launcher_keeps_store():
         return error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    first = speaks(str(error), dist.PrefixStore(f"before/{attempt}", connect(timeout=60)))
+    try:
+        first = speaks(str(error), dist.PrefixStore(f"before/{attempt}", connect(timeout=60)))
+    except RuntimeError:  # the launcher is gone
+        return error
     return error if first else ToldElsewhere(str(error))
 
 

@@ -260,9 +260,10 @@ class Trainer:
     def save_state(self) -> None:
         """Save everything that the next step depends on, provided the steps so far were sound."""
         self.check()
-        sums = self._of_all(self.sums)
+        of_each = self.ranks.gather({name: t.cpu() for name, t in self.sums.as_dict().items()})
         tensors = self._weights() | {f"adam.{name}": t for name, t in self.optimizer.state().items()}
-        tensors |= {f"sums.{name}": t for name, t in sums.as_dict().items()}
+        # apart, since as many processes go on with the same bits only if each has its own again
+        tensors |= {f"sums.{name}": torch.stack([sums[name] for sums in of_each]) for name in of_each[0]}
         with self.ranks.together():
             if self.ranks.first:
                 save_state(self.folder / "state", tensors, self.progress)
@@ -275,25 +276,30 @@ class Trainer:
         return {f"{kind}.{name}": t for kind, one in named.items() for name, t in one.state_dict().items()}
 
     def _restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
-        """Put a state in place, or only its position where the first process has the tensors."""
+        """Put a state in place, or only what is `shared` of it where the first process has the rest."""
         if progress.frames != self.progress.frames:
             raise InputError(
                 f"{self.train.store.path}: not the frames that the run in {self.folder} began with, "
                 "or not in the same batches"
             )
         self.progress = progress
-        if not self.ranks.first:
-            return
+        mine = self._weights() | {f"adam.{name}": t for name, t in self.optimizer.state().items()}
+        sums = {f"sums.{name}": t for name, t in self.sums.as_dict().items()}
+        mine = (mine if self.ranks.first else {}) | sums
+        own = tensors | {name: self._own(tensors[name]) for name in sums.keys() & tensors.keys()}
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in mine.items()}:
+            raise InputError(f"{self.folder}: its state was saved by another version; start a new run")
+        for name, tensor in mine.items():
+            tensor.copy_(own[name])
 
-        def below(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    def _own(self, of_each: Tensor) -> Tensor:
+        """Return what this process goes on with of sums that each process had, [n_processes, ...]."""
+        if len(of_each) == self.ranks.count:
+            return of_each[self.ranks.number]
+        return of_each.sum(0) if self.ranks.first else torch.zeros_like(of_each[0])
 
-        self.potential.load_state_dict(below("potential."))
-        self.average.load_state_dict(below("average."))
-        rest = {"adam.": self.optimizer.state(), "sums.": self.sums.as_dict()}
-        for prefix, mine in rest.items():
-            saved = below(prefix)
-            if saved.keys() != mine.keys():
-                raise InputError(f"{self.folder}: its state was saved by another version; start a new run")
-            for name, tensor in mine.items():
-                tensor.copy_(saved[name])
+
+def shared(state: State) -> State:
+    """Return the part of a state that all processes put in place, beside what `Trainer.align` takes over."""
+    tensors, progress = state
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("sums.")}, progress

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastchgnet.device import pick_device
 from fastchgnet.errors import InputError, ToldElsewhere
-from fastchgnet.train.launcher import connect, is_alone, meet
+from fastchgnet.train.launcher import await_store, check_launcher, connect, is_alone, meet
 from fastchgnet.train.watch import Watch
 
 T = TypeVar("T")
@@ -168,25 +168,30 @@ def joined(device: str, timeout: float, stop: threading.Event) -> Iterator[tuple
         stop: set where the launcher is lost: nobody would know of these processes any more.
 
     Raises:
-        InputError: no such device, or fewer GPUs than processes; another process has ended or hangs.
+        InputError: no such device, or fewer GPUs than processes; another process has ended or hangs; the
+            caller has a process group already.
     """
     if is_alone():
         yield ALONE, pick_device(device)
         return
-    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if dist.is_initialized():
+        raise InputError("torch.distributed has a process group already; training makes one of its own")
+    check_launcher()
     limit = datetime.timedelta(seconds=timeout + _SPARE_SECONDS)
-    store = connect(limit.total_seconds())
-    name = meet(store, timeout)
+    await_store(timeout, stop)
     try:
-        # messages between hosts; the GPUs get links of their own
-        group = dist.PrefixStore(f"{name}/group", store)
-        dist.init_process_group("gloo", store=group, rank=number, world_size=count, timeout=limit)
+        store, own_store = (connect(limit.total_seconds()) for _ in range(2))
+        name = meet(store, timeout, stop)
     except RuntimeError as error:
-        raise InputError(f"rank {number} cannot reach the others: {str(error).splitlines()[0]}") from error
+        raise InputError(f"cannot reach the other processes: {str(error).splitlines()[0]}") from error
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        own_store = dist.PrefixStore(f"{name}/watch", connect(limit.total_seconds()))
-        with Watch(own_store, number, count, timeout, stop) as watch:
+        with Watch(dist.PrefixStore(f"{name}/watch", own_store), number, count, timeout, stop) as watch:
             ranks = Ranks(number, count, watch)
+            group = dist.PrefixStore(f"{name}/group", store)
+            with ranks.waiting():
+                # messages between hosts; the GPUs get links of their own
+                dist.init_process_group("gloo", store=group, rank=number, world_size=count, timeout=limit)
             with ranks.together():
                 own = ranks._own_device(device, int(os.environ.get("LOCAL_RANK", number)))
             ranks.agree({"train.device": own.type})
@@ -194,4 +199,5 @@ def joined(device: str, timeout: float, stop: threading.Event) -> Iterator[tuple
             yield ranks, own
             ranks.gather(None)  # nobody leaves while another may need it
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -18,7 +18,7 @@ from fastchgnet.files import only_process, write_atomically
 from fastchgnet.train.checkpoint import Progress, load_state
 from fastchgnet.train.launcher import is_restarted
 from fastchgnet.train.log import RunLog, read_metrics
-from fastchgnet.train.loop import State, Trainer, Watcher
+from fastchgnet.train.loop import State, Trainer, Watcher, shared
 from fastchgnet.train.ranks import Ranks, joined
 from fastchgnet.train.setup import Frames, open_frames, reproducible, resolve
 from fastchgnet.train.signals import stop_request
@@ -69,13 +69,13 @@ def train(config: RunConfig, resume: bool = False, watcher: Watcher | None = Non
     with stop_request() as stop, joined(config.train.device, timeout, stop) as (ranks, device):
         with ranks.together():
             config = resolve(config)
-            state = _find_state(config, resume) if ranks.first else None
             frames = open_frames(config.data)
         ranks.agree(_facts(config, frames))
-        (position, *_) = ranks.gather(state and state[1])
-        if state is None and position is not None:
-            state = {}, position  # tensors come from the first process
         with reproducible(device), _alone_in(config.train.out, ranks):
+            with ranks.together():
+                state = _find_state(config, resume) if ranks.first else None
+            (found, *_) = ranks.gather(state and shared(state))
+            state = state if ranks.first else found
             with ranks.together():
                 trainer = Trainer(config, *frames, device, state, ranks)
             trainer.align()
@@ -126,11 +126,16 @@ def _facts(config: RunConfig, frames: tuple[Frames, Frames]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep processes of other runs out of the folder, which the first process uses for all."""
+    """Keep processes of other runs out of the folder, which the first process uses for all.
+
+    What was there before may be read only inside: until then another process may still be writing.
+    """
     with contextlib.ExitStack() as stack:
         with ranks.together():
             if ranks.first:
                 stack.enter_context(only_process(folder))
+                for unfinished in (*folder.glob(".*.part"), *(folder / "state").glob(".*.part")):
+                    unfinished.unlink(missing_ok=True)  # of a process that was killed
         yield
 
 

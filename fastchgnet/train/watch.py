@@ -108,13 +108,13 @@ class Watch:
             now = self._reports()
             dead = [n for n in range(self._count) if n != self._number and now.get(n) == before.get(n)]
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            text = f"lost contact with the other processes at {self.place}: {first_line}"
+            text = f"lost contact with the other processes ({self.place}): {first_line}"
             if dead:
                 text = f"{self._names(dead, now)} ended without a word; --resume goes on from the last state"
             if speaks(text, self._store):
                 raise InputError(text) from error
             raise ToldElsewhere(reason(self._store) or text) from error
-        raise InputError(f"lost contact with the launcher and the other processes at {self.place}") from error
+        raise InputError(f"lost contact with the launcher and the other processes ({self.place})") from error
 
     def _run(self) -> None:
         """Write reports, and end this process where it has waited too long or the run is over."""
