@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,7 @@ def batches_of(config: RunConfig, epoch: int = 0) -> list[np.ndarray]:
 
 
 def random_batches(n_frames: int, batch_size: int, epoch: int) -> list[np.ndarray]:
-    sizes = np.ones((n_frames, 4), np.int64)
-    return list(Batches(sizes, batch_size, seed=0, strategy="sequential").epoch(epoch))
+    return list(Batches(np.ones((n_frames, 4), np.int64), batch_size, 0, "sequential").epoch(epoch))
 
 
 def advance(trainer: Trainer, batches: Sequence[np.ndarray]) -> None:
@@ -346,6 +346,20 @@ def test_what_has_no_shapes_of_its_own_is_not_recorded() -> None:
     for shapes, n in ((None, 1), ("a", 1), (None, 2), ("a", 1), ("a", 1)):
         assert recorder(shapes, [torch.ones(n)]).tolist() == [1] * (2 * n)
     assert record.n_recorded == 1 and record.n_replayed == 2
+
+
+def test_closed_steps_keep_no_recording(make_trainer: Callable[..., Trainer], config: RunConfig) -> None:
+    trainer, kept = make_trainer("resident"), []
+
+    def record(function: Callable[[], Tensor]) -> Any:
+        kept.append(weakref.ref((made := CalledAgain()(function))[0]))
+        return made
+
+    trainer.take_step._recorder = Recorder(trainer.take_step._in_room, record)
+    advance(trainer, batches_of(config)[:1] * 2)
+    assert kept[0]() is not None
+    trainer.take_step.close()
+    assert kept[0]() is None
 
 
 # with a GPU
