@@ -168,6 +168,16 @@ def test_only_the_first_process_prints_and_writes(
     assert {"config.yaml", "state", "metrics.jsonl", "best.safetensors"} < names and ".lock" not in names
 
 
+def test_processes_may_outnumber_the_frames(tmp_path: Path) -> None:
+    for name, count in (("train", 2), ("val", 1)):
+        write_store(ranks.uneven_frames(count), tmp_path / name, Provenance(name="metals"))
+    ended, out = train_on(3, tmp_path, tmp_path / "three")
+    assert "reference energies" in ended[0][2]  # which so few frames do not determine
+    assert [text for _, *texts in ended[1:] for text in texts] == [""] * 4
+    _, alone = train_on(1, tmp_path, tmp_path / "one")
+    np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-8)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_costs_the_work_since_the_last_state(
     folder: Path, straight: list[float], tmp_path: Path, victim: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -94,6 +95,7 @@ def train_in_terminal(path: Path, overrides: Sequence[str], resume: bool) -> Sum
     except InputError as error:
         raise told_once(error) from error
     if not is_first():
+        logging.getLogger("fastchgnet").setLevel(logging.ERROR)  # the first process warns of the same
         return train(config, resume)
     with TerminalWatcher() as watcher:
         summary = train(config, resume, watcher)
