@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -42,11 +43,12 @@ def _time(folder: Path, asked: dict) -> None:
         trainer.align()
         (batch,) = trainer.batches.epoch(0)
         n_warm = N_WARM[device.type]
-        taken = [
-            timing.sample(lambda work=work: trainer.step(work), 1, device)  # type: ignore[misc]
-            for work in trainer.load(trainer.train, [batch] * (n_warm + asked["rounds"]))
-        ]
-        trainer.check()
+        with contextlib.closing(trainer.take_step):
+            taken = [
+                timing.sample(lambda work=work: trainer.step(work), 1, device)  # type: ignore[misc]
+                for work in trainer.load(trainer.train, [batch] * (n_warm + asked["rounds"]))
+            ]
+            trainer.check()
         wall, cpu = zip(*taken[n_warm:], strict=True)
         found = ranks.gather({"wall": wall, "cpu": cpu})
         if ranks.first:

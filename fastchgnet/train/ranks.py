@@ -57,6 +57,8 @@ class Ranks:
         except InputError:
             raise
         except RuntimeError as error:  # of the libraries that carry messages
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise  # nothing is sent while steps are recorded; recording is given up
             self._watch.raise_lost(error)
 
     def at(self, place: str) -> None:
@@ -79,6 +81,7 @@ class Ranks:
             with self.waiting():
                 for tensor in tensors:
                     dist.all_reduce(tensor, group=self._group(tensor))
+                _await_gpu(tensors)
 
     def from_first_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by those of the first process."""
@@ -86,6 +89,7 @@ class Ranks:
             with self.waiting():
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0, group=self._group(tensor))
+                _await_gpu(tensors)
 
     def start_sum(self, tensor: Tensor) -> dist.Work:
         """Begin to replace a tensor by its sum over the processes; `waiting`, wait for what is returned."""
@@ -151,7 +155,14 @@ class Ranks:
     def _link(self, device: torch.device, timeout: datetime.timedelta) -> None:
         """Connect the GPUs of the processes."""
         if device.type == "cuda":
-            self._links = dist.new_group(backend="nccl", timeout=timeout, device_id=device)
+            with self.waiting():
+                self._links = dist.new_group(backend="nccl", timeout=timeout, device_id=device)
+
+
+def _await_gpu(tensors: Sequence[Tensor]) -> None:
+    """Have the host wait for messages between GPUs here, where the watch knows that it waits for others."""
+    if any(tensor.is_cuda for tensor in tensors):
+        torch.cuda.current_stream().synchronize()
 
 
 ALONE = Ranks()
@@ -172,7 +183,10 @@ def joined(device: str, timeout: float, stop: threading.Event) -> Iterator[tuple
             caller has a process group already.
     """
     if is_alone():
-        yield ALONE, pick_device(device)
+        own = pick_device(device)
+        if own.type == "cuda":
+            torch.cuda.set_device(own)  # streams, events and graphs are those of the current device
+        yield ALONE, own
         return
     if dist.is_initialized():
         raise InputError("torch.distributed has a process group already; training makes one of its own")
@@ -185,6 +199,8 @@ def joined(device: str, timeout: float, stop: threading.Event) -> Iterator[tuple
     except RuntimeError as error:
         raise InputError(f"cannot reach the other processes: {str(error).splitlines()[0]}") from error
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    ranks: Ranks | None = None
+    in_order = False
     try:
         with Watch(dist.PrefixStore(f"{name}/watch", own_store), number, count, timeout, stop) as watch:
             ranks = Ranks(number, count, watch)
@@ -198,6 +214,8 @@ def joined(device: str, timeout: float, stop: threading.Event) -> Iterator[tuple
             ranks._link(own, limit)
             yield ranks, own
             ranks.gather(None)  # nobody leaves while another may need it
+            in_order = True
     finally:
-        if dist.is_initialized():
+        # after an error NCCL might wait for the others forever; the end of the process ends its links, too
+        if dist.is_initialized() and (in_order or ranks is None or ranks._links is None):
             dist.destroy_process_group()

@@ -78,11 +78,16 @@ def train(config: RunConfig, resume: bool = False, watcher: Watcher | None = Non
             state = state if ranks.first else found
             with ranks.together():
                 trainer = Trainer(config, *frames, device, state, ranks)
+            # machines may round differently where frames are measured
+            ranks.agree({"what training frames are counted to need": trainer.progress.frames})
             trainer.align()
             if state is None:
                 trainer.save_state()
                 _write_config(config, ranks)
-            with _log(config.train.out, trainer.progress.epoch, ranks) as log:
+            with (
+                contextlib.closing(trainer.take_step),
+                _log(config.train.out, trainer.progress.epoch, ranks) as log,
+            ):
                 finished = trainer.run(stop, log, (watcher if ranks.first else None) or Watcher())
     rows = read_metrics(config.train.out) if ranks.first else []
     return Summary(config.train.out, finished, trainer.progress, rows[-1] if rows else None)
