@@ -189,7 +189,9 @@ def test_a_killed_process_costs_the_work_since_the_last_state(
     processes[victim].kill()
     status, _, text = ranks.finish(processes)[1 - victim]
     assert status == 2 and text.splitlines()[-1].startswith("error: ")
-    if victim:  # the first one holds what processes know of each other, unless a launcher does
+    if not victim:  # it holds what processes know of each other, unless a launcher does
+        assert "error: lost contact with rank 0 (step " in text
+    else:
         assert f"rank 1 (process {processes[1].pid} on " in text and "ended without a word" in text
     state = load_state(out / "state")
     assert state is not None and 0 < state[1].step < 12

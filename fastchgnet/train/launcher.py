@@ -146,5 +146,10 @@ def told_once(error: InputError) -> InputError:
     return error if first else ToldElsewhere(str(error))
 
 
+def keeper() -> str:
+    """Name the process that keeps the store."""
+    return "the launcher" if _launcher_keeps_store() else "rank 0"
+
+
 def _launcher_keeps_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn, Self
 import torch.distributed as dist
 
 from fastchgnet.errors import InputError, ToldElsewhere
-from fastchgnet.train.launcher import reason, speaks
+from fastchgnet.train.launcher import keeper, reason, speaks
 
 _BEAT_SECONDS = 0.5
 """Between two reports of a process."""
@@ -114,7 +114,9 @@ class Watch:
             if speaks(text, self._store):
                 raise InputError(text) from error
             raise ToldElsewhere(reason(self._store) or text) from error
-        raise InputError(f"lost contact with the launcher and the other processes ({self.place})") from error
+        raise InputError(
+            f"lost contact with {keeper()} ({self.place}); --resume goes on from the last state"
+        ) from error
 
     def _run(self) -> None:
         """Write reports, and end this process where it has waited too long or the run is over."""
