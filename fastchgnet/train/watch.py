@@ -26,6 +26,9 @@ from fastchgnet.train.launcher import keeper, reason, speaks
 _BEAT_SECONDS = 0.5
 """Between two reports of a process."""
 
+_PATIENCE_SECONDS = 10.0
+"""Beyond the time-out, in which the store may answer who is missing; a store that is frozen never does."""
+
 _GRACE_SECONDS = 3.0
 """After which a process that has written nothing new has ended."""
 
@@ -66,11 +69,14 @@ class Watch:
         self._n_waits = self._n_beats = 0
         self._since: float | None = None
         self._ended = threading.Event()
+        self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._clock = threading.Thread(target=self._run_clock, name="clock", daemon=True)
 
     def __enter__(self) -> Self:
         """Begin to watch."""
         self._thread.start()
+        self._clock.start()
         return self
 
     def __exit__(
@@ -78,10 +84,13 @@ class Watch:
     ) -> None:
         """End, and tell the others why if this is the end of the run."""
         self._ended.set()
-        self._thread.join()
-        if error is not None:
-            with contextlib.suppress(RuntimeError):
-                speaks(str(error) or type(error).__name__, self._store)
+        with self.waiting():
+            self._thread.join()
+            if error is not None:
+                with contextlib.suppress(RuntimeError):
+                    speaks(str(error) or type(error).__name__, self._store)
+        self._left.set()
+        self._clock.join()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -100,7 +109,7 @@ class Watch:
             InputError: another process has ended without a word, or the connection failed.
             ToldElsewhere: another process tells.
         """
-        with contextlib.suppress(RuntimeError):  # where the store is gone, too
+        with self.waiting(), contextlib.suppress(RuntimeError):  # where the store is gone, too
             before = self._reports()
             deadline = time.monotonic() + _GRACE_SECONDS
             while time.monotonic() < deadline and reason(self._store) is None:
@@ -134,6 +143,15 @@ class Watch:
         except RuntimeError:
             self._stop.set()
 
+    def _run_clock(self) -> None:
+        """End this process where the store does not answer, and nobody can be named."""
+        while not self._left.wait(_BEAT_SECONDS):
+            since = self._since
+            if since is not None and time.monotonic() - since > self._timeout + _PATIENCE_SECONDS:
+                text = f"no answer from {keeper()} ({self.place}); --resume goes on from the last state"
+                print(f"error: {text}", file=sys.stderr, flush=True)
+                os._exit(2)
+
     def _report(self) -> _Report:
         return _Report(self._n_waits, self._n_beats, self.place, socket.gethostname(), os.getpid())
 
@@ -149,6 +167,8 @@ class Watch:
         text = f"{who} within {self._timeout:g} s; --resume goes on from the last state"
         if speaks(text, self._store):
             print(f"error: {text}", file=sys.stderr, flush=True)
+        if self._number == 0 and keeper() == "rank 0":
+            time.sleep(_GRACE_SECONDS)  # in which the others find the reason in its store, and stay silent
         os._exit(2)
 
     def _names(self, numbers: list[int], reports: dict[int, _Report]) -> str:
