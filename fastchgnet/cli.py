@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -38,6 +39,8 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m fastchgnet train CONFIG --resume
     """
+    # where processes lose each other we say so in a line, and torch would in pages
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastchgnet.train.launcher import is_first
     from fastchgnet.train.progress import train_in_terminal
 
