@@ -54,8 +54,6 @@ class Ranks:
         try:
             with self._watch.waiting():
                 yield
-        except InputError:
-            raise
         except RuntimeError as error:  # of the libraries that carry messages
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise  # nothing is sent while steps are recorded; recording is given up

@@ -34,7 +34,7 @@ _PLANNED_BATCHES = 5000
 """Batches, from the first of the run on, that decide the shapes; later ones hardly exceed them."""
 
 _PLANNED_FRAMES = 1_000_000
-"""Frames in them, at most, unless an epoch has more: dividing them takes a microsecond or two each."""
+"""Frames in them, at most, unless an epoch has more: dividing and counting them takes a microsecond each."""
 
 _RESIDENT_SHARE = 0.3
 """Most of the device's free memory that the frames of a store may take."""
