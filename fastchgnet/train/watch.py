@@ -131,8 +131,7 @@ class Watch:
         """Write reports, and end this process where it has waited too long or the run is over."""
         try:
             while not self._ended.wait(_BEAT_SECONDS):
-                self._n_beats += 1
-                self._store.set(str(self._number), json.dumps(self._report()))
+                self._beat()
                 since = self._since
                 waited = 0.0 if since is None else time.monotonic() - since
                 if waited > self._timeout:
@@ -152,8 +151,11 @@ class Watch:
                 print(f"error: {text}", file=sys.stderr, flush=True)
                 os._exit(2)
 
-    def _report(self) -> _Report:
-        return _Report(self._n_waits, self._n_beats, self.place, socket.gethostname(), os.getpid())
+    def _beat(self) -> None:
+        """Write a report."""
+        self._n_beats += 1
+        report = _Report(self._n_waits, self._n_beats, self.place, socket.gethostname(), os.getpid())
+        self._store.set(str(self._number), json.dumps(report))
 
     def _reports(self) -> dict[int, _Report]:
         keys = [key for key in map(str, range(self._count)) if self._store.check([key])]
@@ -161,9 +163,16 @@ class Watch:
 
     def _give_up(self) -> NoReturn:
         """End the process: its main thread waits in a library, where no exception can reach it."""
-        reports = self._reports()
-        behind = [n for n in range(self._count) if n not in reports or reports[n].n_waits < self._n_waits]
-        who = f"{self._names(behind, reports)} did not come" if behind else "messages did not arrive"
+        before = self._reports()
+        for _ in range(3):
+            time.sleep(_BEAT_SECONDS)
+            self._beat()
+        now = self._reports()
+        behind = [n for n in range(self._count) if n not in now or now[n].n_waits < self._n_waits]
+        # one may have stopped after it had counted, and before it sent its message
+        silent = [n for n in range(self._count) if n != self._number and now.get(n) == before.get(n)]
+        missing = behind or silent
+        who = f"{self._names(missing, now)} did not come" if missing else "messages did not arrive"
         text = f"{who} within {self._timeout:g} s; --resume goes on from the last state"
         if speaks(text, self._store):
             print(f"error: {text}", file=sys.stderr, flush=True)
