@@ -16,7 +16,7 @@ from fastchgnet.train.checkpoint import load_state
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="SLURM is for POSIX")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="SLURM is for POSIX")]
 
 
 def submit(script: str, config: Path, tools: Path) -> subprocess.Popen:
@@ -42,9 +42,7 @@ def submit(script: str, config: Path, tools: Path) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize(
-    "script", ["slurm-one-node.sh", pytest.param("slurm-several-nodes.sh", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("script", ["slurm-one-node.sh", "slurm-several-nodes.sh"])
 def test_a_job_that_is_stopped_queues_again_and_goes_on(
     script: str,
     folder: Path,  # noqa: F811
@@ -69,7 +67,6 @@ def test_a_job_that_is_stopped_queues_again_and_goes_on(
     assert losses(out) == pytest.approx(straight, rel=1e-8)
 
 
-@pytest.mark.slow
 def test_a_job_that_fails_does_not_queue_again(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     config = write(folder, tmp_path / "run", data={"train": str(tmp_path / "nothing")})
     job = submit("slurm-one-node.sh", config, tmp_path / "tools")

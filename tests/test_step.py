@@ -186,7 +186,7 @@ def test_out_of_memory_halves_the_batch_once(
         advance(found, batches_of(config))
 
 
-@pytest.mark.parametrize(("choice", "n_parts"), [("host", 2), ("host", 7), ("resident", 7), ("sent", 2)])
+@pytest.mark.parametrize(("choice", "n_parts"), [("host", 7), ("resident", 7), ("sent", 2)])
 def test_a_batch_taken_in_parts_is_the_same_batch(
     make_trainer: Callable[..., Trainer], config: RunConfig, choice: str, n_parts: int
 ) -> None:
