@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastchgnet.errors import InputError
+from fastchgnet.errors import InputError, first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -22,7 +22,7 @@ def pick_device(name: str) -> torch.device:
         number.cpu()  # the device "meta" holds no numbers
         return number.device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device {name} cannot be used ({str(error).splitlines()[0]})") from error
+        raise InputError(f"device {name} cannot be used ({first_line(error)})") from error
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

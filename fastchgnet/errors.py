@@ -13,3 +13,8 @@ class InputError(ValueError):
 
 class ToldElsewhere(InputError):
     """Bad input that another process of the same run reports; this one ends without a word."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

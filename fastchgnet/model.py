@@ -294,8 +294,12 @@ class CHGNet(nn.Module):
         """
         return t if self.config.interaction == "parallel" else t - 1
 
+    def used_first(self) -> list[Tensor]:
+        """Return the parameters of layers that are used before all layers, in one product."""
+        return [conv.bond.weight for conv in self.atom_convs]
+
     def _conv_weights(self) -> Sequence[Tensor]:
-        weights = torch.cat([conv.bond.weight for conv in self.atom_convs])
+        weights = torch.cat(self.used_first())
         return (weights @ self.bond_embedding.weight).split(2 * D)
 
     def _update_atoms(self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected) -> Tensor:

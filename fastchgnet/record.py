@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastchgnet.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 Inputs = Sequence[Tensor]
@@ -101,8 +103,3 @@ class Recorder:
         fixed = [tensor.clone() for tensor in inputs]
         replay, result = record(lambda: self._function(shapes, fixed))
         return _Recording(fixed, replay, result)
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -17,9 +17,9 @@ import torch
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from fastchgnet.config import RunConfig
+from fastchgnet.config import Provenance, RunConfig
 from fastchgnet.data.frame import Frame
-from fastchgnet.data.store import Store
+from fastchgnet.data.store import Store, write_store
 from fastchgnet.train.checkpoint import load_state
 from fastchgnet.train.loop import State, Trainer, shared
 from fastchgnet.train.ranks import ALONE, Ranks, joined
@@ -54,6 +54,13 @@ def uneven_frames(n_frames: int) -> list[Frame]:
     return frames
 
 
+def write_stores(folder: Path) -> Path:
+    """Write the stores `train`, 30 frames, and `val`, 7, and return the folder."""
+    for name, n_frames in (("train", 30), ("val", 7)):
+        write_store(uneven_frames(n_frames), folder / name, Provenance(name="metals"))
+    return folder
+
+
 def environment(number: int, count: int, port: int) -> dict[str, str]:
     """What a launcher tells a process."""
     told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "MASTER_PORT": port}
@@ -69,12 +76,12 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def start(commands: Sequence[Sequence[str]]) -> list[subprocess.Popen]:
+def start(commands: Sequence[Sequence[str]], warnings: str = "error") -> list[subprocess.Popen]:
     """Start one process for each command, as a launcher would; arguments are those of python."""
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, "-W", "error", *command],
+            [sys.executable, "-W", warnings, *command],
             env=environment(number, len(commands), port),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -85,10 +92,10 @@ def start(commands: Sequence[Sequence[str]]) -> list[subprocess.Popen]:
     ]
 
 
-def finish(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def finish(processes: Sequence[subprocess.Popen], seconds: float = SECONDS) -> list[tuple[int, str, str]]:
     """Wait, and return how each ended: status, output, errors."""
     try:
-        ended = [process.communicate(timeout=SECONDS) for process in processes]
+        ended = [process.communicate(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.send_signal(signal.SIGKILL)
@@ -117,7 +124,7 @@ def trainer_for(config: RunConfig, ranks: Ranks = ALONE, state: State | None = N
 def steps(trainer: Trainer, batches: Sequence[np.ndarray]) -> dict[str, Any]:
     """Take steps; return their losses and gradients, in the layout of the weights."""
     losses, gradients = [], []
-    for work in trainer.load(trainer.train, list(batches)):
+    for work in trainer.load(list(batches)):
         trainer.step(work)
         trainer.check()
         assert trainer.told is not None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import ranks
 import torch
-from torch import Tensor
+from recordings import CalledAgain
 
 from fastchgnet.config import RunConfig
 from fastchgnet.data.store import Store
@@ -34,25 +33,6 @@ class Case(NamedTuple):
     cannot_record: tuple[int, ...] = ()  # numbers of processes
 
 
-class CalledAgain:
-    """A recording that calls the function again, or one that fails."""
-
-    def __init__(self, fails: bool) -> None:
-        self.fails, self.n_recorded, self.n_replayed = fails, 0, 0
-
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        if self.fails:
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
-        self.n_recorded += 1
-        result = torch.zeros(len(Outcome._fields), dtype=torch.float64)
-
-        def replay() -> None:
-            self.n_replayed += 1
-            result.copy_(function())
-
-        return replay, result
-
-
 def trainer_for(case: Case, together: Ranks) -> tuple[Trainer, CalledAgain]:
     """Set a run up with graphs in static shapes."""
 
@@ -69,7 +49,10 @@ def trainer_for(case: Case, together: Ranks) -> tuple[Trainer, CalledAgain]:
         trainer = Trainer(case.config, frames, frames, torch.device("cpu"), None, together)
     finally:
         loop.open_sources = before
-    steps, record = trainer.take_step, CalledAgain(together.number in case.cannot_record)
+    steps, record = (
+        trainer.take_step,
+        CalledAgain(len(Outcome._fields), fails=together.number in case.cannot_record),
+    )
     trainer.take_step = Steps(steps.step, steps.source, steps.division, steps.weigh, record)
     trainer.align()
     trainer.potential.train()

@@ -38,10 +38,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are for POSI
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hold the stores `train`, 30 frames, and `val`, 7."""
-    folder = tmp_path_factory.mktemp("ranks")
-    write_store(ranks.uneven_frames(30), folder / "train", Provenance(name="metals"))
-    write_store(ranks.uneven_frames(7), folder / "val", Provenance(name="metals"))
-    return folder
+    return ranks.write_stores(tmp_path_factory.mktemp("ranks"))
 
 
 def configure(folder: Path, out: Path, **sections: dict) -> RunConfig:

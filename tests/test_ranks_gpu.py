@@ -20,8 +20,8 @@ import torch
 import yaml
 from test_ranks import configure, relative
 
-from fastchgnet.config import Provenance, RunConfig
-from fastchgnet.data.store import Store, write_store
+from fastchgnet.config import RunConfig
+from fastchgnet.data.store import Store
 from fastchgnet.train.checkpoint import load_state
 from fastchgnet.train.log import read_metrics
 from fastchgnet.train.loop import Trainer
@@ -68,36 +68,17 @@ LIMITS = {"float64": 1e-9, "float32": 2e-3}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpus")
-    for name, n_frames in (("train", 30), ("val", 7)):
-        write_store(ranks.uneven_frames(n_frames), folder / name, Provenance(name="metals"))
-    return folder
+    return ranks.write_stores(tmp_path_factory.mktemp("gpus"))
 
 
 def finish(processes: Sequence[subprocess.Popen], seconds: float = SECONDS) -> list[tuple[int, str]]:
     """Wait, and return how each ended: status and errors; those that hang are killed and fail the test."""
-    try:
-        texts = [process.communicate(timeout=seconds)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+    return [(status, text) for status, _, text in ranks.finish(processes, seconds)]
 
 
 def start(arguments: Sequence[str]) -> list[subprocess.Popen]:
     """Start two processes as a launcher would; warnings of libraries are theirs to print."""
-    port = ranks.free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env=ranks.environment(number, 2, port),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parent,
-        )
-        for number in range(2)
-    ]
+    return ranks.start([arguments] * 2, warnings="default")
 
 
 # in the processes

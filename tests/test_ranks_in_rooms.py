@@ -13,8 +13,7 @@ import torch
 from ranks_in_rooms import Case
 from test_ranks import configure, relative
 
-from fastchgnet.config import Provenance, RunConfig
-from fastchgnet.data.store import write_store
+from fastchgnet.config import RunConfig
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are started as on POSIX")
 
@@ -38,10 +37,7 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rooms")
-    for name, n_frames in (("train", 30), ("val", 7)):
-        write_store(ranks.uneven_frames(n_frames), folder / name, Provenance(name="metals"))
-    return folder
+    return ranks.write_stores(tmp_path_factory.mktemp("rooms"))
 
 
 def run_of(folder: Path, model: dict, n_parts: int) -> RunConfig:

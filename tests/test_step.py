@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recordings import CalledAgain
 from test_train import configure, emt_frames
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,6 +39,7 @@ from fastchgnet.train.step import Inputs, Outcome, Step, Steps
 
 CPU = torch.device("cpu")
 CUTOFFS = (3.5, 3.0)
+N_RESULTS = len(Outcome._fields)
 # fp64: the same sums in another order, over some steps of Adam, which divides by small numbers
 TOLERANCE = 1e-9
 
@@ -62,23 +64,6 @@ def everything(store: Store) -> Frames:
 def planning_for(frames: Frames, batches: Sequence[np.ndarray], n_parts: int = 1) -> Planning:
     sizes = frame_sizes(frames.store, frames.indices, *CUTOFFS)
     return Planning(sizes, batches, Division(sizes, n_parts=n_parts))
-
-
-class CalledAgain:
-    """A recording that calls the function again."""
-
-    def __init__(self, n_results: int = len(Outcome._fields)) -> None:
-        self.n_results, self.n_recorded, self.n_replayed = n_results, 0, 0
-
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.n_recorded += 1
-        result = torch.zeros(self.n_results, dtype=torch.float64)
-
-        def replay() -> None:
-            self.n_replayed += 1
-            result.copy_(function())
-
-        return replay, result
 
 
 @pytest.fixture
@@ -115,7 +100,7 @@ def random_batches(n_frames: int, batch_size: int, epoch: int) -> list[np.ndarra
 
 
 def advance(trainer: Trainer, batches: Sequence[np.ndarray]) -> None:
-    for item in trainer.load(trainer.train, list(batches)):
+    for item in trainer.load(list(batches)):
         trainer.step(item)
         trainer.progress = dataclasses.replace(trainer.progress, step=trainer.progress.step + 1)
     trainer.check()
@@ -136,7 +121,7 @@ def test_recorded_steps_are_those_on_graphs_of_the_host(
 ) -> None:
     model = {"readout": readout}
     expected, found = (make_trainer(name, model=model) for name in ("host", choice))
-    record = CalledAgain()
+    record = CalledAgain(N_RESULTS)
     steps = found.take_step
     found.take_step = Steps(steps.step, steps.source, steps.division, steps.weigh, record)
     batches = batches_of(config) + batches_of(config, epoch=1)
@@ -192,7 +177,7 @@ def test_a_batch_taken_in_parts_is_the_same_batch(
 ) -> None:
     """Recorded, too, and where frames are too few for all parts."""
     expected, found = make_trainer("host"), make_trainer(choice, data={"accumulate": n_parts})
-    steps, record = found.take_step, CalledAgain()
+    steps, record = found.take_step, CalledAgain(N_RESULTS)
     found.take_step = Steps(steps.step, steps.source, steps.division, steps.weigh, record)
     batches = batches_of(config) + batches_of(config, epoch=1)
     for trainer in (expected, found):
@@ -340,7 +325,7 @@ def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_what_has_no_shapes_of_its_own_is_not_recorded() -> None:
-    record = CalledAgain(n_results=2)
+    record = CalledAgain(2)
     recorder = Recorder(lambda shapes, inputs: torch.cat([inputs[0], inputs[0]]), record)
     for shapes, n in ((None, 1), ("a", 1), (None, 2), ("a", 1), ("a", 1)):
         assert recorder(shapes, [torch.ones(n)]).tolist() == [1] * (2 * n)
@@ -351,7 +336,7 @@ def test_closed_steps_keep_no_recording(make_trainer: Callable[..., Trainer], co
     trainer, kept = make_trainer("resident"), []
 
     def record(function: Callable[[], Tensor]) -> Any:
-        kept.append(weakref.ref((made := CalledAgain()(function))[0]))
+        kept.append(weakref.ref((made := CalledAgain(N_RESULTS)(function))[0]))
         return made
 
     trainer.take_step._recorder = Recorder(trainer.take_step._in_room, record)

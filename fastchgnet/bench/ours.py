@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,15 +13,14 @@ import torch
 from ase import Atoms
 
 from fastchgnet.bench.frames import Answer, Workload
+from fastchgnet.bench.steps import open_trainer, write_frames
 from fastchgnet.bench.timing import Work
-from fastchgnet.config import ModelConfig, Provenance, RunConfig
-from fastchgnet.data.store import Store, write_store
+from fastchgnet.config import ModelConfig, Provenance
 from fastchgnet.graph import Batch, Systems
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import predict
 from fastchgnet.published import load
-from fastchgnet.train.loop import Trainer
-from fastchgnet.train.setup import Frames, reproducible
+from fastchgnet.train.setup import reproducible
 
 
 class Training(NamedTuple):
@@ -41,25 +39,11 @@ def training(workload: Workload, readout: str, device: torch.device) -> Iterator
     Those shorten long gradients and average the weights, which the published trainer does not.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_store(workload.frames, folder / "store", Provenance(name="bench"))
-        frames = Frames(Store(folder / "store"), np.arange(len(workload.frames)))
-        n_frames = len(frames.indices)
-        config = RunConfig.model_validate(
-            {
-                "model": {"readout": readout},
-                "loss": {"preset": "chgnet"},
-                "data": {"train": folder / "store", "batch_size": n_frames},
-                "train": {"out": folder / "run", "device": device.type},
-            }
-        )
-        log = logging.getLogger("fastchgnet.references")
-        log.disabled = True  # a few frames never determine all reference energies
-        trainer = Trainer(config, frames, frames, device, None)
-        log.disabled = False
-        trainer.potential.train()
-        positions = np.arange(n_frames)
-        (prepared,) = trainer.load(frames, [positions])
+        write_frames(workload.frames, Path(name))
+        trainer = open_trainer(Path(name), readout, device, preset="chgnet")
+        frames = trainer.train
+        positions = np.arange(len(frames.indices))
+        (prepared,) = trainer.load([positions])
         systems, _ = frames.gather(positions)
 
         def step() -> None:
@@ -69,7 +53,7 @@ def training(workload: Workload, readout: str, device: torch.device) -> Iterator
 
         def step_with_graphs() -> None:
             with reproducible(device):
-                (fresh,) = trainer.load(frames, [positions])
+                (fresh,) = trainer.load([positions])
                 trainer.step(fresh)
 
         def build() -> None:
@@ -102,7 +86,7 @@ class Inference:
         if readout == "conservative":
             self.potential = load("chgnet-0.3.0", device.type)
         else:
-            self.potential = _untrained(ModelConfig(readout="direct")).to(device).eval()
+            self.potential = untrained(ModelConfig(readout="direct")).to(device).eval()
 
     def predict(self, atoms: Sequence[Atoms], batch_size: int) -> list[Answer]:
         """Predict all four quantities."""
@@ -112,10 +96,11 @@ class Inference:
 
 def graph_builder(device: torch.device) -> Callable[[Systems], Batch]:
     """Return what builds the graph of a batch for the default model on a device."""
-    return _untrained(ModelConfig()).to(device).build_graph
+    return untrained(ModelConfig()).to(device).build_graph
 
 
-def _untrained(config: ModelConfig) -> Potential:
+def untrained(config: ModelConfig) -> Potential:
+    """Return a potential with random weights, always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Potential(config, torch.zeros(94, dtype=torch.float64), Provenance(name="untrained"))

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastchgnet.bench import scaling_launch
+from fastchgnet.bench.ours import untrained
 from fastchgnet.bench.rows import Row, environment
 from fastchgnet.bench.scaling_model import (
     REFERENCES,
@@ -27,11 +28,9 @@ from fastchgnet.bench.scaling_model import (
 )
 from fastchgnet.bench.session import Session
 from fastchgnet.bench.steps import Fit, file_sizes, fit_steps, global_batches, sizes_of, trainer_on
-from fastchgnet.config import ModelConfig, Provenance
-from fastchgnet.potential import Potential
+from fastchgnet.config import ModelConfig
 from fastchgnet.train.gradient import N_MESSAGES
 from fastchgnet.train.sampler import Strategy, pack
-from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 RANKS = (1, 2, 4, 8, 16, 32)
 """Numbers of processes unless others are asked for."""
@@ -184,6 +183,5 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 def _gradient_bytes(readout: str) -> int:
     """Count the bytes of the gradient of the default model."""
-    config, references = ModelConfig.model_validate({"readout": readout}), torch.zeros(MAX_ATOMIC_NUMBER)
-    potential = Potential(config, references.double(), Provenance(name="bench"))
+    potential = untrained(ModelConfig.model_validate({"readout": readout}))
     return sum(p.numel() * p.element_size() for p in potential.parameters())

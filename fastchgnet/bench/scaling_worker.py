@@ -46,7 +46,7 @@ def _time(folder: Path, asked: dict) -> None:
         with contextlib.closing(trainer.take_step):
             taken = [
                 timing.sample(lambda work=work: trainer.step(work), 1, device)  # type: ignore[misc]
-                for work in trainer.load(trainer.train, [batch] * (n_warm + asked["rounds"]))
+                for work in trainer.load([batch] * (n_warm + asked["rounds"]))
             ]
             trainer.check()
         wall, cpu = zip(*taken[n_warm:], strict=True)

@@ -80,12 +80,15 @@ def write_frames(frames: Iterable[Frame], folder: Path) -> None:
     write_store(frames, folder / "store", Provenance(name="bench"))
 
 
-def open_trainer(folder: Path, readout: str, device: torch.device, ranks: Ranks = ALONE) -> Trainer:
-    """Set a training run up on all the frames in a folder, which are one batch."""
+def open_trainer(
+    folder: Path, readout: str, device: torch.device, ranks: Ranks = ALONE, preset: str = "paper"
+) -> Trainer:
+    """Set a training run up on all the frames in a folder, which are one batch; `preset` is of the loss."""
     store = Store(folder / "store")
     frames = Frames(store, np.arange(len(store)))
     values = {
         "model": {"readout": readout},
+        "loss": {"preset": preset},
         "data": {"train": folder / "store", "batch_size": len(store)},
         "train": {"out": folder / "run", "device": device.type},
     }
@@ -129,7 +132,7 @@ def time_steps(trainer: Trainer, batches: Sequence[NDArray[np.int64]], n_rounds:
         for number in range(-1, n_rounds):
             # The first round warms up: one step on a CPU, on a GPU two of each to record it.
             chosen = list(batches) if number >= 0 or not on_cpu else list(batches[:1])
-            for place, work in enumerate(trainer.load(frames, chosen)):
+            for place, work in enumerate(trainer.load(chosen)):
                 if number < 0:
                     timing.warm_up(lambda work=work: trainer.step(work), device)  # type: ignore[misc]
                 else:

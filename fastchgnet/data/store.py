@@ -22,6 +22,7 @@ __all__ = ["Split", "Store", "write_store"]
 
 Split = Literal["train", "val", "test", "all"]
 _GATHERED = ("pointer", "atomic_number", "position", "cell", "pbc", "energy", "forces", "stress", "magmoms")
+_COUNTED_AT_ONCE = 65_536
 _UPPER_EDGE = {"train": 0.9, "val": 0.95, "test": 1.0}
 
 
@@ -150,6 +151,23 @@ class Store:
             magmoms=torch.from_numpy(arrays["magmoms"].take(atoms)),
         )
         return systems, labels
+
+    def label_counts(self) -> NDArray[np.int64]:
+        """Count the labels of every frame, [n, 4], by the rules of `fastchgnet.loss` and in its order.
+
+        A crystal that is not periodic in three directions has no stress; others have nine components.
+        """
+        arrays, fence = self._arrays, self._arrays["pointer"]
+        counts = np.empty((len(self), 4), dtype=np.int64)
+        counts[:, 0] = ~np.isnan(self.energies)
+        counts[:, 2] = (~np.isnan(self.stresses))[:, MATRIX_FROM_VOIGT].sum(1) * self.pbc.all(1)
+        for column, name in ((1, "forces"), (3, "magmoms")):
+            for first in range(0, len(self), _COUNTED_AT_ONCE):
+                edges = fence[first : first + _COUNTED_AT_ONCE + 1]
+                present = ~np.isnan(arrays[name][edges[0] : edges[-1]])
+                before = np.concatenate([[0], present.reshape(len(present), -1).sum(1).cumsum()])
+                counts[first : first + _COUNTED_AT_ONCE, column] = np.diff(before[edges - edges[0]])
+        return counts
 
     def raw(self) -> dict[str, NDArray]:
         """Return the arrays that `gather` reads, as they are on disk; see `layout.ARRAYS`."""

@@ -49,6 +49,7 @@ class Gradient:
         self.values, self.numbers = self._buffer[:length], self._buffer[length:]
         self._views = views(self._buffer, self.parameters)
         self._pieces = _pieces(self.parameters, len(self._buffer), N_MESSAGES if ranks.count > 1 else 1)
+        self._messages: list[Any] = []
 
     def take(self, sums: Tensor, by_sums: Tensor, add: bool, complete: bool) -> None:
         """Put the derivative of a loss into the buffer.
@@ -59,11 +60,10 @@ class Gradient:
             add: to what is there, which the parts before have put there.
             complete: this is the last part: sum over the processes. `wait` waits for that.
         """
-        filling = _Filling(self, add, complete)
-        if complete and self.ranks.count > 1:
-            handles = [p.register_hook(filling.hook(n)) for n, p in enumerate(self.parameters)]
-        else:
-            handles = []
+        send = complete and self.ranks.count > 1
+        filling = _Filling(self, add, send)
+        hooked = self.parameters if send else []
+        handles = [parameter.register_hook(filling.hook(n)) for n, parameter in enumerate(hooked)]
         try:
             found = torch.autograd.grad(sums, self.parameters, by_sums, materialize_grads=True)
         finally:
@@ -92,7 +92,7 @@ class _Filling:
     """A backward pass that fills the buffer from the end."""
 
     def __init__(self, gradient: Gradient, add: bool, send: bool) -> None:
-        self.gradient, self.add, self.send = gradient, add, send and gradient.ranks.count > 1
+        self.gradient, self.add, self.send = gradient, add, send
         self.found: dict[int, Tensor] = {}
         self.todo = list(gradient._pieces)
         self.messages: list[Any] = []

@@ -29,9 +29,9 @@ from fastchgnet.train.checkpoint import Progress, save_state
 from fastchgnet.train.log import RunLog
 from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
 from fastchgnet.train.ranks import ALONE, Ranks
-from fastchgnet.train.rooms import frame_sizes
+from fastchgnet.train.rooms import Room, frame_sizes
 from fastchgnet.train.setup import Frames, blank_potential, first_potential
-from fastchgnet.train.source import open_sources
+from fastchgnet.train.source import Item, open_sources
 from fastchgnet.train.step import Later, Outcome, Step, Steps, Work
 from fastchgnet.weights import save_potential
 
@@ -126,7 +126,7 @@ class Trainer:
         """Take the remaining steps of an epoch, or those until `stop` is set."""
         self.potential.train()
         before, start = self.progress.seconds, time.perf_counter()
-        for work in self.load(self.train, batches):
+        for work in self.load(batches):
             self.step(work, stop.is_set())
             p = self.progress
             seconds = before + time.perf_counter() - start
@@ -151,14 +151,13 @@ class Trainer:
         highest = optim.highest_rate(self.config.data.batch_size)
         return learning_rate(step, n_steps, n_warmup, highest, optim.final_fraction)
 
-    def load(self, frames: Frames, batches: Iterable[NDArray[np.int64]]) -> Iterator[Work]:
-        """Yield what batches of the run's training or validation frames are made from, ahead of time."""
-        return prefetch(self.take_step.prepare if frames is self.train else self._prepare_val, batches)
+    def load(self, batches: Iterable[NDArray[np.int64]]) -> Iterator[Work]:
+        """Yield what batches of training frames are made from, ahead of time."""
+        return prefetch(self.take_step.prepare, batches)
 
-    def _prepare_val(self, positions: NDArray[np.int64]) -> Work:
+    def _prepare_val(self, positions: NDArray[np.int64]) -> tuple[Item, Room | None]:
         room = self.val_source.room([positions])
-        item = self.val_source.prepare(positions, room)
-        return Work(positions, (item,), room, torch.empty(0), self.take_step.division)
+        return self.val_source.prepare(positions, room), room
 
     def _by_sums(self, positions: NDArray[np.int64]) -> Tensor:
         """Derivative of the loss by the sums of each target, [4], from the labels of the whole batch."""
@@ -205,12 +204,11 @@ class Trainer:
         batches = validation_batches(n_frames, size, self.take_step.division)
         batches = batches[self.ranks.number :: self.ranks.count]
         parts = []
-        for work in self.load(self.val, batches):
+        for item, room in prefetch(self._prepare_val, batches):
             if stop.is_set():
                 break
-            (item,) = work.parts
             item.wait()
-            made = self.val_source.make(item.tensors, work.room)
+            made = self.val_source.make(item.tensors, room)
             parts.append(tally(self.average(made.batch), made.labels, made.batch, self.config.loss.delta))
         with self.ranks.together():
             for part, positions in zip(parts, batches, strict=False):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastchgnet.device import pick_device
-from fastchgnet.errors import InputError, ToldElsewhere
+from fastchgnet.errors import InputError, ToldElsewhere, first_line
 from fastchgnet.train.launcher import await_store, check_launcher, connect, is_alone, meet
 from fastchgnet.train.watch import Watch
 
@@ -195,10 +195,10 @@ def joined(device: str, timeout: float, stop: threading.Event) -> Iterator[tuple
         store, own_store = (connect(limit.total_seconds()) for _ in range(2))
         name = meet(store, timeout, stop)
     except RuntimeError as error:
-        raise InputError(f"cannot reach the other processes: {str(error).splitlines()[0]}") from error
+        raise InputError(f"cannot reach the other processes: {first_line(error)}") from error
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     ranks: Ranks | None = None
-    in_order = False
+    ended_well = False
     try:
         with Watch(dist.PrefixStore(f"{name}/watch", own_store), number, count, timeout, stop) as watch:
             ranks = Ranks(number, count, watch)
@@ -212,8 +212,8 @@ def joined(device: str, timeout: float, stop: threading.Event) -> Iterator[tuple
             ranks._link(own, limit)
             yield ranks, own
             ranks.gather(None)  # nobody leaves while another may need it
-            in_order = True
+            ended_well = True
     finally:
         # after an error NCCL might wait for the others forever; the end of the process ends its links, too
-        if dist.is_initialized() and (in_order or ranks is None or ranks._links is None):
+        if dist.is_initialized() and (ended_well or ranks is None or ranks._links is None):
             dist.destroy_process_group()

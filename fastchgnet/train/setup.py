@@ -27,9 +27,6 @@ from fastchgnet.weights import load_potential, read_header
 _FINISHING = {"readout", "heads"}
 """What a run may change of the model it starts from: pre-train direct, finish conservative."""
 
-_COUNTED_AT_ONCE = 65_536
-"""Frames whose labels are counted at a time."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -51,19 +48,8 @@ class Frames(NamedTuple):
         return self.store.gather(self.indices[positions])
 
     def label_counts(self) -> NDArray[np.int64]:
-        """Count the labels present in each frame, [n, 4], by the rules of `fastchgnet.loss`."""
-        parts = []
-        for systems, labels in self.chunks(_COUNTED_AT_ONCE):
-            n_systems = len(systems.n_atoms)
-            system = np.repeat(np.arange(n_systems), systems.n_atoms)
-            of_atoms = [(~labels.forces.isnan()).sum(1), (~labels.magmoms.isnan()).long()]
-            forces, magmoms = (np.bincount(system, count.numpy(), n_systems) for count in of_atoms)
-            energies, stresses = (
-                ~labels.energy.isnan(),
-                (~labels.stress.isnan()).sum((1, 2)) * systems.pbc.all(1),
-            )
-            parts.append(np.column_stack([energies.numpy(), forces, stresses.numpy(), magmoms]))
-        return np.concatenate(parts).astype(np.int64)
+        """Count the labels of each frame, [n, 4], as `Store.label_counts`."""
+        return self.store.label_counts()[self.indices]
 
     def names(self, positions: NDArray[np.int64]) -> str:
         """Name the frames at `positions` in one line."""

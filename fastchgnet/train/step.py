@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fastchgnet.config import LossConfig
 from fastchgnet.device import to_device
-from fastchgnet.errors import InputError
+from fastchgnet.errors import InputError, first_line
 from fastchgnet.loss import empty_tally, tally
 from fastchgnet.ops.gpu.runtime import precision
 from fastchgnet.potential import Potential
-from fastchgnet.record import Record, Recorder, first_line
+from fastchgnet.record import Record, Recorder
 from fastchgnet.train.batches import Division
 from fastchgnet.train.gradient import Gradient
 from fastchgnet.train.optim import Optimizer

@@ -20,7 +20,7 @@ from typing import NamedTuple, NoReturn, Self
 
 import torch.distributed as dist
 
-from fastchgnet.errors import InputError, ToldElsewhere
+from fastchgnet.errors import InputError, ToldElsewhere, first_line
 from fastchgnet.train.launcher import keeper, reason, speaks
 
 _BEAT_SECONDS = 0.5
@@ -115,10 +115,8 @@ class Watch:
             while time.monotonic() < deadline and reason(self._store) is None:
                 time.sleep(_BEAT_SECONDS / 5)
             now = self._reports()
-            dead = [n for n in range(self._count) if n != self._number and now.get(n) == before.get(n)]
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            text = f"lost contact with the other processes ({self.place}): {first_line}"
-            if dead:
+            text = f"lost contact with the other processes ({self.place}): {first_line(error)}"
+            if dead := self._silent(before, now):
                 text = f"{self._names(dead, now)} ended without a word; --resume goes on from the last state"
             if speaks(text, self._store):
                 raise InputError(text) from error
@@ -132,8 +130,7 @@ class Watch:
         try:
             while not self._ended.wait(_BEAT_SECONDS):
                 self._beat()
-                since = self._since
-                waited = 0.0 if since is None else time.monotonic() - since
+                waited = self._waited()
                 if waited > self._timeout:
                     self._give_up()
                 # a process that waits for GPUs is not told that their links are broken
@@ -145,11 +142,19 @@ class Watch:
     def _run_clock(self) -> None:
         """End this process where the store does not answer, and nobody can be named."""
         while not self._left.wait(_BEAT_SECONDS):
-            since = self._since
-            if since is not None and time.monotonic() - since > self._timeout + _PATIENCE_SECONDS:
+            if self._waited() > self._timeout + _PATIENCE_SECONDS:
                 text = f"no answer from {keeper()} ({self.place}); --resume goes on from the last state"
                 print(f"error: {text}", file=sys.stderr, flush=True)
                 os._exit(2)
+
+    def _waited(self) -> float:
+        """Return for how many seconds the main thread has been waiting."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _silent(self, before: dict[int, _Report], now: dict[int, _Report]) -> list[int]:
+        """Return the other processes that have written nothing in between."""
+        return [n for n in range(self._count) if n != self._number and now.get(n) == before.get(n)]
 
     def _beat(self) -> None:
         """Write a report."""
@@ -170,8 +175,7 @@ class Watch:
         now = self._reports()
         behind = [n for n in range(self._count) if n not in now or now[n].n_waits < self._n_waits]
         # one may have stopped after it had counted, and before it sent its message
-        silent = [n for n in range(self._count) if n != self._number and now.get(n) == before.get(n)]
-        missing = behind or silent
+        missing = behind or self._silent(before, now)
         who = f"{self._names(missing, now)} did not come" if missing else "messages did not arrive"
         text = f"{who} within {self._timeout:g} s; --resume goes on from the last state"
         if speaks(text, self._store):
