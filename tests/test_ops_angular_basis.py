@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import accept_all_three
 from torch import Tensor
 
 from fastchgnet.graph import Index
@@ -85,12 +86,7 @@ def test_gradcheck(kind: str) -> None:
 def test_the_library_accepts_all_three_ops(kind: str) -> None:
     edge, frequency, n, by_i, by_j = arguments(kind, (3, 2))
     given = [edge, frequency, by_i.segment, by_i.start, by_j.segment, by_j.order, n]
-    torch.library.opcheck(op._family.forward, given)
-    plain = [t.detach() if isinstance(t, Tensor) else t for t in given]
-    grad = torch.randn(len(by_i.segment), n, dtype=torch.float64)
-    for with_parameters in (False, True):
-        torch.library.opcheck(op._family.backward, [with_parameters, grad, *plain])
-    torch.library.opcheck(op._family.backward_backward, [torch.randn_like(plain[0]), grad, *plain])
+    accept_all_three(op._family, given)
 
 
 def straight(bend: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from crystals import crystals
+from families import accept_all_three
 from torch import Tensor
 
 from fastchgnet.neighbors import build_graph, systems_from_atoms
@@ -72,13 +73,9 @@ def test_a_third_derivative_raises() -> None:
 @sizes
 def test_the_library_accepts_all_three_ops(n_bonds: int, n_short: int) -> None:
     given = arguments(n_bonds, n_short)
-    torch.library.opcheck(op._family.forward, given)
-    plain = [t.detach() for t in given]
     grads = [torch.randn(n, k, dtype=torch.float64) for n, k in ((n_bonds, 1), (2 * n_short, 3))]
     for by_distance, by_edge in (grads, (grads[0], None), (None, grads[1])):
-        torch.library.opcheck(op._family.backward, [False, by_distance, by_edge, *plain])
-        cotangent = torch.randn_like(plain[0])
-        torch.library.opcheck(op._family.backward_backward, [cotangent, by_distance, by_edge, *plain])
+        accept_all_three(op._family, given, (by_distance, by_edge))
 
 
 def test_single_precision_errs_by_a_few_last_digits() -> None:
@@ -90,7 +87,7 @@ def test_single_precision_errs_by_a_few_last_digits() -> None:
         # what is drawn, vectors included, are numbers that both precisions have
         by_distance, by_edge, cotangent = (t.to(dtype) for t in drawn)
         given = [vector.detach().float().to(dtype), *constants]
-        first = op._family.backward(False, by_distance, by_edge, *given)
+        first = op._family.backward(False, by_distance, by_edge, *given, None)
         second = op._family.backward_backward(cotangent, by_distance, by_edge, *given)
         return [*op._family(*given), first, *second]
 

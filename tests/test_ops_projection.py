@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import accept_all_three
 from torch import Tensor
 
 from fastchgnet.ops import projection
@@ -128,15 +129,7 @@ def test_gradcheck(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_library_accepts_all_three_ops(kind: str) -> None:
-    m = arguments(kind)
-    family = projection._family
-    torch.library.opcheck(family.forward, tuple(m))
-    detached = [t.detach() if isinstance(t, Tensor) else t for t in m]
-    made = [torch.randn_like(t) if t.numel() else None for t in family(*detached)]
-    torch.library.opcheck(family.backward, [False, *made, *detached])
-    torch.library.opcheck(family.backward, [True, *made, *detached])
-    cotangents = [None if t is None else torch.randn_like(t) for t in detached[:3]]
-    torch.library.opcheck(family.backward_backward, [*cotangents, *made, *detached])
+    accept_all_three(projection._family, arguments(kind))
 
 
 def test_the_public_function_packs_what_it_is_given() -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from families import accept_all_three
 from torch import Tensor
 
 from fastchgnet.ops import radial_basis as op
@@ -63,13 +64,7 @@ def test_gradcheck(p: int) -> None:
 
 
 def test_the_library_accepts_all_three_ops() -> None:
-    given = arguments(5)
-    torch.library.opcheck(op._family.forward, given)
-    plain = [t.detach() if isinstance(t, Tensor) else t for t in given]
-    grad = torch.randn(5, 5, dtype=torch.float64)
-    for with_parameters in (False, True):
-        torch.library.opcheck(op._family.backward, [with_parameters, grad, *plain])
-    torch.library.opcheck(op._family.backward_backward, [torch.randn_like(plain[0]), grad, *plain])
+    accept_all_three(op._family, arguments(5))
 
 
 def derivatives(distance: Tensor, frequency: Tensor, p: int = 8) -> list[Tensor]:

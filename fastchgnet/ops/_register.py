@@ -5,6 +5,11 @@ instead of training wrong. The functions given are the default on every device; 
 CUDA through `Family.on_cuda`. The third derivative does not exist and raises, and so does the derivative of
 a parameter's gradient: a loss on forces needs neither.
 
+A loss on forces depends on each input twice, through the output and through the derivative that made the
+forces. So the op returns its inputs beside its output, and its derivative reads these: what comes back to
+them is handed to the VJP, which adds its own to it, in one kernel where the body can do that. Who reads an
+input next may read what came out as well (`Family.passing`), and has its gradient added up on the way, too.
+
 They are defined with `torch.library.Library` and not with `torch.library.custom_op`, whose checks at every
 call take a tenth of the time of evaluating a small crystal.
 """
@@ -15,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +57,9 @@ def feature_derivatives_only() -> bool:
 
 class Family:
     """One differentiable op.
+
+    The library op of the VJP takes one more tensor for each feature and parameter, or None: `onto`, gradients
+    that it adds its own to.
 
     Args:
         name: what it is called in torch.ops.fastchgnet.
@@ -95,26 +103,36 @@ class Family:
         grads = ", ".join(f"Tensor{optional} grad{n}" for n in range(n_outputs))
         self.names = name, f"{name}_backward", f"{name}_backward_backward"
         n = self.n_derivatives
-        self.forward = define(name, f"({inputs}) -> {_tensors(n_outputs)}", self._derivative)
-        self.backward = define(
+        onto = ", ".join(f"Tensor? onto{k}" for k in range(n))
+        self._op = _defined(name, f"({inputs}) -> {_tensors(n_outputs)}", self._derivative, n_passed=n)
+        self.forward = self._op.call
+        self.backward = _defined(
             f"{name}_backward",
-            f"(bool with_parameters, {grads}, {inputs}) -> {_tensors(n)}",
+            f"(bool with_parameters, {grads}, {inputs}, {onto}) -> {_tensors(n)}",
             self._derivative_of_backward,
-        )
+            n_forgotten=n,
+        ).call
         self.backward_backward = define(
             f"{name}_backward_backward",
             f"({cotangents}, {grads}, {inputs}) -> {_tensors(n_outputs + n)}",
             no_derivative,
         )
-        self._register("CompositeExplicitAutograd", forward, backward, backward_backward)
+        self._register("CompositeExplicitAutograd", forward, adding(backward), backward_backward)
         self._register_shapes(shape)
 
     def __call__(self, *inputs: Any) -> Any:
         """Apply the op."""
         return self.forward(*inputs)
 
+    def passing(self, *inputs: Any) -> tuple[Any, Sequence[Any]]:
+        """Apply the op, and return its features for the next reader as well."""
+        if not torch.is_grad_enabled():
+            return self.forward(*inputs), inputs[: self.n_features]
+        outputs, passed = self._op.apply(inputs)
+        return outputs, passed[: self.n_features]
+
     def on_cuda(self, forward: _Function, backward: _Function, backward_backward: _Function) -> None:
-        """Use other bodies, of the same signatures, for tensors on CUDA."""
+        """Use other bodies for tensors on CUDA: the same functions, but backward takes `onto` first."""
         self._register("CUDA", forward, backward, backward_backward)
 
     def _register(self, key: str, forward: _Function, backward: _Function, second: _Function) -> None:
@@ -132,8 +150,9 @@ class Family:
         """Make a library op of a backward function."""
 
         def call(with_parameters: bool, *given: Any) -> Any:
-            grad, inputs = self._apart(given)
-            return _filled(body(with_parameters, grad, *inputs), self.n_derivatives, inputs)
+            grad, inputs = self._apart(given[: -self.n_derivatives])
+            found = body(given[-self.n_derivatives :], with_parameters, grad, *inputs)
+            return _filled(found, self.n_derivatives, inputs)
 
         return call
 
@@ -156,7 +175,7 @@ class Family:
         return tuple(None if g is None or g.shape == (0,) else g for g in grads), inputs
 
     def _register_shapes(self, shape: _Function) -> None:
-        def backward(with_parameters: bool, grad: Any, *inputs: Any) -> list[Tensor | None]:
+        def backward(onto: Any, with_parameters: bool, grad: Any, *inputs: Any) -> list[Tensor | None]:
             return _like(inputs[: self.n_derivatives if with_parameters else self.n_features])
 
         def second(cotangents: tuple, grad: Any, *inputs: Any) -> list[Tensor | None]:
@@ -171,28 +190,49 @@ class Family:
 
     def _derivative(
         self, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Sequence[Tensor | None]:
+        grads, onto = grads[: self.n_outputs], grads[self.n_outputs :]
         if all(grad is None for grad in grads):
-            return (None,) * len(inputs)
+            return (*onto, *[None] * (len(inputs) - len(onto)))
         with_parameters = not feature_derivatives_only() and any(needed[self.n_features : self.n_derivatives])
+        n = self.n_derivatives if with_parameters else self.n_features
+        onto = [*_contiguous(onto[:n]), *[None] * (self.n_derivatives - n)]
         # nothing differentiates a derivative that is taken without gradients
         below = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         with below:
-            found = self.backward(with_parameters, *_contiguous(grads), *inputs)
+            found = self.backward(with_parameters, *_contiguous(grads), *inputs, *onto)
         found = (found,) if self.n_derivatives == 1 else found
-        n = self.n_derivatives if with_parameters else self.n_features
         return _wanted(found[:n], inputs, needed)
 
     def _derivative_of_backward(
         self, inputs: Sequence[Any], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Sequence[Tensor | None]:
         if any(u is not None and u.numel() for u in cotangents[self.n_features :]):
             raise NotImplementedError("the gradient of a parameter has no derivative")
         features = _contiguous(cotangents[: self.n_features])
         if all(u is None for u in features):
             return (None,) * len(inputs)
-        found = self.backward_backward(*features, *inputs[1:])
-        return (None, *_wanted(found, inputs[1:], needed[1:]))
+        n = len(inputs) - self.n_derivatives
+        found = self.backward_backward(*features, *inputs[1:n])
+        onto = [u if need else None for u, need in zip(cotangents, needed[n:], strict=True)]
+        return (None, *_wanted(found, inputs[1:n], needed[1:n]), *onto)
+
+
+def adding(body: _Function) -> _Function:
+    """Make a backward body that takes `onto` first of one that does not."""
+
+    def call(onto: Sequence[Tensor | None], *given: Any) -> list[Tensor | None]:
+        return added(body(*given), onto)
+
+    return call
+
+
+def added(found: Sequence[Tensor | None], onto: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Add to gradients, in place, those that they are to be added to."""
+    return [
+        t if before is None else before.clone() if t is None else t.add_(before)
+        for t, before in zip(found, onto, strict=False)
+    ]
 
 
 def no_derivative(*_: Any) -> Any:
@@ -208,15 +248,22 @@ def define(name: str, schema: str, derivative: _Function) -> Any:
         schema: of its inputs and outputs.
         derivative: (inputs, which need a gradient, gradients of outputs) -> gradients of inputs or None.
     """
+    return _defined(name, schema, derivative).call
+
+
+def _defined(name: str, schema: str, derivative: _Function, n_passed: int = 0, n_forgotten: int = 0) -> _Op:
+    """Define a library op that passes its first inputs on, and whose derivative does not read the last ones.
+
+    The derivative is given gradients of the outputs and then of the inputs that are passed on.
+    """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = getattr(torch.ops.fastchgnet, name).default
-    known = _Op(op, derivative, ["Tensor" in str(argument.type) for argument in op._schema.arguments])
+    op = _Op(getattr(torch.ops.fastchgnet, name).default, derivative, n_passed, n_forgotten)
 
     def apply(*inputs: Any) -> Any:
         if torch.is_grad_enabled():
-            return _Differentiable.apply(known, *inputs)
+            return op.apply(inputs)[0]
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+            return op.call(*inputs)
 
     _library.impl(name, apply, "Autograd")
     return op
@@ -232,34 +279,57 @@ def shape_of(name: str, body: _Function) -> None:
     torch.library.register_fake(f"fastchgnet::{name}", body, lib=_library)
 
 
-class _Op(NamedTuple):
+class _Op:
     """A library op and what autograd needs to know of it."""
 
-    call: Any
-    derivative: _Function
-    is_tensor: Sequence[bool]  # of its inputs, or may be one
+    def __init__(self, call: Any, derivative: _Function, n_passed: int, n_forgotten: int) -> None:
+        """Keep what `_defined` says."""
+        arguments, self.n_outputs = call._schema.arguments, len(call._schema.returns)
+        self.call, self.derivative, self.n_passed = call, derivative, n_passed
+        n_read = len(arguments) - n_forgotten
+        self.is_saved = ["Tensor" in str(a.type) and k < n_read for k, a in enumerate(arguments)]
+
+    def apply(self, inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """Apply the op in autograd's graph; return its outputs, and the inputs that it passes on."""
+        made = _Differentiable.apply(self, *inputs)
+        passed = list(inputs[: self.n_passed])
+        for k, t in zip(_with_gradient(passed), made[self.n_outputs :], strict=True):
+            passed[k] = t
+        return made[0] if self.n_outputs == 1 else made[: self.n_outputs], passed
 
 
 class _Differentiable(torch.autograd.Function):
     """A library op in autograd's graph. Keeps every input: what is in between is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, op: _Op, *inputs: Any) -> Any:
+    def forward(ctx: Any, op: _Op, *inputs: Any) -> tuple[Tensor, ...]:
+        given = list(inputs)
+        ctx.passed = _with_gradient(given[: op.n_passed])
+        for k in ctx.passed:
+            given[k] = given[k].detach()  # the same numbers, as an output
         ctx.op = op
-        ctx.save_for_backward(*compress(inputs, op.is_tensor))
-        ctx.constants = [None if kept else t for t, kept in zip(inputs, op.is_tensor, strict=True)]
+        ctx.save_for_backward(*compress(given, op.is_saved))
+        ctx.constants = [None if isinstance(t, Tensor) else t for t in given]
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.call(*inputs)
+            made = op.call(*inputs)
+        return (*((made,) if op.n_outputs == 1 else made), *(given[k] for k in ctx.passed))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         op, tensors = ctx.op, iter(ctx.saved_tensors)
         inputs = [
-            next(tensors) if kept else constant
-            for kept, constant in zip(op.is_tensor, ctx.constants, strict=True)
+            next(tensors) if saved else constant
+            for saved, constant in zip(op.is_saved, ctx.constants, strict=True)
         ]
-        return (None, *op.derivative(inputs, ctx.needs_input_grad[1:], grads))
+        onto: list[Tensor | None] = [None] * op.n_passed
+        for k, grad in zip(ctx.passed, grads[op.n_outputs :], strict=True):
+            onto[k] = grad
+        return (None, *op.derivative(inputs, ctx.needs_input_grad[1:], (*grads[: op.n_outputs], *onto)))
+
+
+def _with_gradient(inputs: Sequence[Any]) -> list[int]:
+    return [k for k, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad]
 
 
 def _tensors(n: int) -> str:

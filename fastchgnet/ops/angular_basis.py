@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Index
-from fastchgnet.ops._register import Family
+from fastchgnet.ops._register import Family, adding
 from fastchgnet.ops.cpu import bases
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.segments import sum_rows
@@ -263,6 +263,6 @@ _family = Family(
 )
 _family.on_cuda(
     runtime.body("angular_basis", "forward", _forward),
-    runtime.body("angular_basis", "backward", _backward),
+    adding(runtime.body("angular_basis", "backward", _backward)),
     runtime.body("angular_basis", "backward_backward", _backward_backward),
 )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.graph import Batch
-from fastchgnet.ops._register import Family
+from fastchgnet.ops._register import Family, adding
 from fastchgnet.ops.gpu import runtime
 
 _Gradients = tuple[Tensor | None, Tensor | None]
@@ -113,6 +113,6 @@ _family = Family(
 )
 _family.on_cuda(
     runtime.body("geometry", "forward", reference),
-    runtime.body("geometry", "backward", _backward),
+    adding(runtime.body("geometry", "backward", _backward)),
     runtime.body("geometry", "backward_backward", _backward_backward),
 )

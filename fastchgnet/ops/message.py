@@ -50,7 +50,7 @@ from torch import Tensor
 from fastchgnet.graph import Index
 from fastchgnet.ops import _message_torch
 from fastchgnet.ops._message_inputs import EPS, MLP, Inputs
-from fastchgnet.ops._register import Family
+from fastchgnet.ops._register import Family, adding
 from fastchgnet.ops.cpu import message as cpu_message
 from fastchgnet.ops.gpu import runtime
 
@@ -138,7 +138,7 @@ _family = Family(
 )
 _family.on_cuda(
     runtime.body("message", "forward", _message_torch.forward),
-    runtime.body("message", "backward", _message_torch.backward),
+    adding(runtime.body("message", "backward", _message_torch.backward)),
     runtime.body("message_second", "backward_backward", _message_torch.backward_backward),
 )
 

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastchgnet.ops._register import Family
+from fastchgnet.ops._register import Family, adding
 from fastchgnet.ops.cpu import projection as cpu_projection
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.segments import sum_rows
@@ -261,7 +261,7 @@ _family = Family(
 )
 _family.on_cuda(
     runtime.body("projection", "forward", _forward),
-    runtime.body("projection", "backward", _backward),
+    adding(runtime.body("projection", "backward", _backward)),
     runtime.body("projection", "backward_backward", _backward_backward),
 )
 

@@ -34,7 +34,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastchgnet.ops._register import Family
+from fastchgnet.ops._register import Family, adding
 from fastchgnet.ops.cpu import bases
 from fastchgnet.ops.envelope import envelope, envelope_slope
 from fastchgnet.ops.gpu import runtime
@@ -130,6 +130,6 @@ _family = Family(
 )
 _family.on_cuda(
     runtime.body("radial_basis", "forward", _forward),
-    runtime.body("radial_basis", "backward", _backward),
+    adding(runtime.body("radial_basis", "backward", _backward)),
     runtime.body("radial_basis", "backward_backward", _backward_backward),
 )
