@@ -75,7 +75,8 @@ def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -
                 with runtime.precision(precision):
                     gpu_message.forward(*inputs)
                     for with_parameters in (False, True):
-                        gpu_message.backward(with_parameters, grad, *inputs)
+                        gpu_message.backward([None] * 6, with_parameters, grad, *inputs)
+                    gpu_message.backward(inputs[:6], True, grad, *inputs)
                     message_second.backward_backward(tuple(inputs[:5]), grad, *inputs)
                 for width in (1, 3, 9):
                     rows = torch.zeros(130, width, dtype=torch.float64)

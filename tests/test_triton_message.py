@@ -14,13 +14,15 @@ from torch import Tensor
 
 from fastchgnet.ops import _message_torch, message
 from fastchgnet.ops._message_inputs import Inputs
+from fastchgnet.ops._register import adding
 from fastchgnet.ops.gpu import message as gpu_message
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.gpu.message_second import backward_backward
 
 WIDTH = 16
 BODIES = (gpu_message.forward, gpu_message.backward, backward_backward)
-PYTORCH = (_message_torch.forward, _message_torch.backward, _message_torch.backward_backward)
+PYTORCH = (_message_torch.forward, adding(_message_torch.backward), _message_torch.backward_backward)
+NOTHING = (None,) * 6
 
 # Relative to the largest element, against float64: norms divide by the spread of sixteen numbers, and the
 # interpreter errs by up to 6e-7. The matrix units' three products err a little more.
@@ -94,9 +96,12 @@ def drawn(inputs: list[Any], given: tuple[bool, ...]) -> tuple[Tensor, tuple[Ten
 def levels(bodies: tuple, inputs: Any, grad: Tensor, cotangents: Any) -> list[Tensor | None]:
     forward, backward, second = bodies
     m = Inputs(*inputs)
-    *first, by_parameters = backward(True, grad, *inputs)
+    *first, by_parameters = backward(NOTHING, True, grad, *inputs)
+    before = [None if t is None else t.cos() for t in inputs[:6]]
+    *added, by_parameters_added = backward(before, True, grad, *inputs)
     *twice, by_parameters_twice = second(cotangents, grad, *inputs)
-    return [forward(*inputs), *first, *m.unpacked(by_parameters), *twice, *m.unpacked(by_parameters_twice)]
+    parameters = (by_parameters, by_parameters_added, by_parameters_twice)
+    return [forward(*inputs), *first, *added, *twice, *(t for p in parameters for t in m.unpacked(p))]
 
 
 def assert_equal(inputs: list[Any], tolerance: float, given: tuple[bool, ...] = ALL) -> None:
@@ -129,7 +134,9 @@ def test_parameters_may_be_left_out(kind: str) -> None:
     inputs = inputs_of(kind, 65)
     grad, _ = drawn(inputs, ALL)
     with runtime.precision("fp32"):
-        found, whole = (gpu_message.backward(with_them, grad, *inputs) for with_them in (False, True))
+        found, whole = (
+            gpu_message.backward(NOTHING, with_them, grad, *inputs) for with_them in (False, True)
+        )
     # other code, and sums in another order
     assert found[5] is None
     torch.testing.assert_close(found[:5], whole[:5], rtol=1e-5, atol=1e-5)
@@ -177,7 +184,7 @@ def test_features_that_messages_are_added_to_stay_as_they_are() -> None:
         with runtime.precision(name):
             y, first, second = (
                 BODIES[0](*inputs),
-                BODIES[1](False, grad, *inputs),
+                BODIES[1](NOTHING, False, grad, *inputs),
                 BODIES[2](cotangents, grad, *inputs),
             )
             found[name] = [y, *first, *second[:6]]
@@ -200,7 +207,11 @@ def test_rows_without_weight_contribute_exactly_nothing(kind: str) -> None:
     parts = [part.to(DEVICE) for one in made for part in one if part is not None]
     padded = Inputs(*inputs._replace(w=w)[:8], *parts)
     grad, cotangents = drawn([*padded], (True, True, True, False, True))
-    outputs = BODIES[0](*padded), *BODIES[1](True, grad, *padded), *BODIES[2](cotangents, grad, *padded)
+    outputs = (
+        BODIES[0](*padded),
+        *BODIES[1](NOTHING, True, grad, *padded),
+        *BODIES[2](cotangents, grad, *padded),
+    )
     y, gradients, second = outputs[0], outputs[1:7], outputs[7:]
     assert not y[2:].any() and y[:2].all()
     for by_table in (*gradients[:3], *second[1:4]):
@@ -210,7 +221,7 @@ def test_rows_without_weight_contribute_exactly_nothing(kind: str) -> None:
         assert t is None or t.isfinite().all()
     # parameters see nothing of them either: their features may be anything
     changed = padded._replace(p=torch.cat([padded.p[:2], padded.p[2:] + 1]))
-    again = BODIES[1](True, grad, *changed)
+    again = BODIES[1](NOTHING, True, grad, *changed)
     # the gradient of a weight of zero is the message, which does change
     torch.testing.assert_close([*again[:3], *again[4:]], [*gradients[:3], *gradients[4:]], rtol=0, atol=0)
 
@@ -247,8 +258,8 @@ def test_launches_are_few_whatever_the_rows(
     forward, backward, second = BODIES
     for call in (
         lambda: forward(*inputs),
-        lambda: backward(False, grad, *inputs),
-        lambda: backward(True, grad, *inputs),
+        lambda: backward(NOTHING, False, grad, *inputs),
+        lambda: backward(NOTHING, True, grad, *inputs),
         lambda: second(cotangents, grad, *inputs),
     ):
         started.clear()

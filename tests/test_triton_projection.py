@@ -12,6 +12,7 @@ from test_ops_projection import KINDS, arguments
 from torch import Tensor
 
 from fastchgnet.ops import projection as op
+from fastchgnet.ops._register import adding
 from fastchgnet.ops.gpu import projection as kernels
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.projection import Inputs
@@ -20,7 +21,8 @@ from fastchgnet.ops.projection import Inputs
 FLOAT32 = 1e-5
 
 KERNELS = (kernels.forward, kernels.backward, kernels.backward_backward)
-PYTORCH = (op._forward, op._backward, op._backward_backward)
+PYTORCH = (op._forward, adding(op._backward), op._backward_backward)
+NOTHING = (None,) * 5
 
 
 def moved(given: Any, dtype: torch.dtype, device: str) -> list[Any]:
@@ -58,8 +60,12 @@ def check(run: Callable[..., list[Any]], *drawn: list[Any]) -> None:
 def levels(bodies: Any, given: list[Any], grads: list[Any], cotangents: list[Any]) -> list[Any]:
     """Results of all three levels."""
     forward, backward, second = bodies
-    found = [*forward(*given), *backward(False, grads, *given), *backward(True, grads, *given)]
-    return found + list(second(cotangents, grads, *given))
+    before = [None if t is None else t.cos() for t in given[:5]]
+    found = [*forward(*given), *second(cotangents, grads, *given)]
+    for onto in (NOTHING, before):
+        for with_parameters in (False, True):
+            found += backward(onto, with_parameters, grads, *given)
+    return found
 
 
 @pytest.mark.parametrize("n", [0, 1, 17, 65])
@@ -116,8 +122,8 @@ def test_rows_do_not_depend_on_how_many_there_are(kind: str) -> None:
 
     few = [first(t) for t in m]
     few[3:5] = m[3:5]
-    all_of = kernels.forward(*m), kernels.backward(False, grads, *m)
-    some_of = kernels.forward(*few), kernels.backward(False, [first(g) for g in grads], *few)
+    all_of = kernels.forward(*m), kernels.backward(NOTHING, False, grads, *m)
+    some_of = kernels.forward(*few), kernels.backward(NOTHING, False, [first(g) for g in grads], *few)
     for one, other in zip((*all_of[0], *all_of[1]), (*some_of[0], *some_of[1]), strict=True):
         assert (one is None and other is None) or torch.equal(first(one), other)
 
@@ -142,7 +148,7 @@ def test_other_widths_are_left_to_pytorch() -> None:
         assert (one is None and other is None) or torch.equal(one, other)
 
 
-def test_every_level_is_one_launch_and_one_for_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_level_is_one_launch_and_two_for_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     started, launch = [], runtime.launch
 
     def counted(*args: Any, **options: Any) -> None:
@@ -151,12 +157,8 @@ def test_every_level_is_one_launch_and_one_for_parameters(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(runtime, "launch", counted)
     levels(KERNELS, *(moved(t, torch.float32, DEVICE) for t in case("bonds", 5)))
-    assert started == [
-        "_forward_kernel",
-        "_backward_kernel",
-        *("_backward_kernel", "_weigh_kernel"),
-        *("_backward_kernel", "_weigh_kernel"),
-    ]
+    with_parameters = ["_backward_kernel", "_weigh_kernel", "_sum_kernel"]
+    assert started == ["_forward_kernel", *with_parameters, *2 * ["_backward_kernel", *with_parameters]]
 
 
 @pytest.mark.gpu

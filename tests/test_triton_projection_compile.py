@@ -63,8 +63,9 @@ def _compile(kinds: list[str], sizes: list[int], capabilities: list[int]) -> lis
             for compiler.capability in capabilities:
                 compiler.case = {"kind": kind, "n": n}
                 projection.forward(*given)
-                projection.backward(False, grads, *given)
-                projection.backward(True, grads, *given)
+                for onto in ([None] * 5, given[:5]):
+                    for with_parameters in (False, True):
+                        projection.backward(onto, with_parameters, grads, *given)
                 projection.backward_backward(given[:3], grads, *given)
     return compiler.found
 

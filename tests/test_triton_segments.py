@@ -79,7 +79,9 @@ def test_several_sums_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "launch", counted)
     rows = [torch.randn(30, width, device=DEVICE) for width in (4, 2, 4, 1, 8)]
     by = [made(torch.randint(n, (30,)), n, False) for n in (7, 1, 30, 4, 9)]
-    found = gpu_segments.sum_all([(r, s.start, s.order) for r, s in zip(rows, by, strict=True)])
+    found = gpu_segments.sum_all(
+        [gpu_segments.Terms(r, s.start, s.order) for r, s in zip(rows, by, strict=True)]
+    )
     assert len(started) == 1
     expected = [segments.reference(r, s) for r, s in zip(rows, by, strict=True)]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -92,6 +94,22 @@ def test_no_width_and_too_wide_rows_are_pytorch_s(monkeypatch: pytest.MonkeyPatc
         rows = torch.randn(20, width)
         found = gpu_segments.segment_sum(rows, *by)
         torch.testing.assert_close(found, segments.reference(rows, by), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_shares", [1, 31, 70])
+def test_sums_and_shares_are_added_to_what_there_is(n_shares: int) -> None:
+    rows, by = torch.randn(30, 8, device=DEVICE), made(torch.randint(7, (30,)), 7, False)
+    of_weights, of_biases = (torch.randn(n_shares, n, device=DEVICE) for n in (48, 16))
+    onto = [torch.randn(*shape, device=DEVICE) for shape in ((7, 8), (3, 16))]
+    wanted = [
+        gpu_segments.Terms(rows, by.start, by.order, onto[0]),
+        gpu_segments.shares(of_weights, 16, onto[1]),
+        gpu_segments.shares(of_biases, 16, None),
+    ]
+    found = gpu_segments.sum_all(wanted, n_shares)
+    expected = [segments.reference(rows, by) + onto[0], of_weights.sum(0).view(3, 16) + onto[1]]
+    expected.append(of_biases.sum(0)[None])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

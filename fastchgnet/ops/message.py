@@ -138,7 +138,7 @@ _family = Family(
 )
 _family.on_cuda(
     runtime.body("message", "forward", _message_torch.forward),
-    adding(runtime.body("message", "backward", _message_torch.backward)),
+    runtime.body("message", "backward", adding(_message_torch.backward)),
     runtime.body("message_second", "backward_backward", _message_torch.backward_backward),
 )
 

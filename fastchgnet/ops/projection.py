@@ -261,7 +261,7 @@ _family = Family(
 )
 _family.on_cuda(
     runtime.body("projection", "forward", _forward),
-    adding(runtime.body("projection", "backward", _backward)),
+    runtime.body("projection", "backward", adding(_backward)),
     runtime.body("projection", "backward_backward", _backward_backward),
 )
 

@@ -2,12 +2,13 @@
 """Triton bodies of `fastchgnet.ops.message` in fp32: forward and backward; symbols as there.
 
 A program takes tiles of rows in turn and does the whole op on each in registers: no intermediate of a row
-reaches memory. Rows of results are summed for all tables by a second launch; a program's share of the
-parameters' gradients is one of [programs] rows that a third adds up.
+reaches memory. A second launch sums rows of results for all tables, and the programs' shares of the
+gradients of parameters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastchgnet.ops import _message_torch
 from fastchgnet.ops._message_inputs import Inputs
+from fastchgnet.ops._register import adding
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.gpu.message_tiles import (
     affine,
@@ -31,10 +33,11 @@ from fastchgnet.ops.gpu.message_tiles import (
     weights,
     write_sums,
 )
-from fastchgnet.ops.gpu.segments import sum_all
+from fastchgnet.ops.gpu.segments import Terms, shares, sum_all
 from fastchgnet.ops.gpu.tiles import dot, factor, norm_backward, read, write, zeros
 
 WIDTHS = (16, 32, 64)
+pytorch_backward = adding(_message_torch.backward)
 
 
 class Tile(NamedTuple):
@@ -77,6 +80,7 @@ class Gradients(NamedTuple):
     h: Any  # [N, 2D]
     w: Any  # [N, D]
     a: Any  # [N, D]
+    onto_a: Any  # [N, D] what a is added to
     parameters: Any  # [programs, number of parameters]
 
 
@@ -195,6 +199,8 @@ def _backward_kernel(
         write(found.h + D, index[3], live, dh_gate, 2 * D, D)
         if m.a is not None:
             da = zeros(BLOCK, D) if m.w is not None else read(grad, index[3], live, D, D)
+            if found.onto_a is not None:
+                da += read(found.onto_a, index[3], live, D, D)
             da, sums_core = rows_backward(
                 dh_core, da, a_ND, rows_core, sums_core, WITH_PARAMETERS, D, PRECISION
             )
@@ -226,7 +232,9 @@ class Launch:
             triton.cdiv(self.n_rows, tile.rows), self.m.p.device, tile.per_multiprocessor
         )
 
-    def gradients(self, tile: Tile, with_parameters: bool, with_tangent: bool) -> Gradients:
+    def gradients(
+        self, tile: Tile, with_parameters: bool, with_tangent: bool, onto_a: Tensor | None = None
+    ) -> Gradients:
         """Make what a kernel writes."""
         m, d = self.m, self.width
         return Gradients(
@@ -234,6 +242,7 @@ class Launch:
             self.rows(2 * d),
             None if m.w is None else self.rows(d),
             None if m.a is None else self.rows(d),
+            onto_a,
             m.p.new_empty(self.n_programs(tile), self.n_parameters)
             if with_parameters and self.n_parameters
             else None,
@@ -261,23 +270,27 @@ class Launch:
         m = self.m
         return Rows(*m[:5], *m.unpacked(m.parameters), m.i, m.j, m.k)
 
-    def sums(self, found: Gradients) -> list[Tensor | None]:
+    def sums(self, found: Gradients, onto: Sequence[Any] = (None,) * 6) -> list[Tensor | None]:
         """Sum rows and shares: gradients of G, unless there is none, of features and parameters."""
         m = self.m
-        wanted = [
-            (found.h, m.i_start, None),
-            (found.h, m.j_start, m.j_order),
-            (found.h, m.k_start, m.k_order),
-        ]
+        by_i, by_k = (m.i_start, None), (m.k_start, m.k_order)
+        wanted = {
+            0: Terms(found.h, *by_i, onto[0]),
+            1: Terms(found.h, m.j_start, m.j_order, onto[1]),
+            2: Terms(found.h, *by_k, onto[2]),
+        }
+        n_shares = 0
         if m.w is not None:
-            wanted.append((found.w, m.k_start, m.k_order))
-        summed = found.tangent is not None and m.w is not None
-        if summed:
-            wanted.append((found.tangent, m.i_start, None))
-        sums = sum_all(wanted)
-        by_grad = [] if found.tangent is None else [sums.pop() if summed else found.tangent]
-        by_parameters = None if found.parameters is None else found.parameters.sum(0)
-        return [*by_grad, *sums[:3], sums[3] if m.w is not None else None, found.a, by_parameters]
+            wanted[3] = Terms(found.w, *by_k, onto[3])
+        if found.parameters is not None:
+            n_shares = len(found.parameters)
+            wanted[5] = shares(found.parameters, self.width, onto[5])
+        if found.tangent is not None and m.w is not None:
+            wanted[-1] = Terms(found.tangent, *by_i)
+        sums = dict(zip(wanted, sum_all(list(wanted.values()), n_shares), strict=True))
+        by_grad = [] if found.tangent is None else [sums.get(-1, found.tangent)]
+        by_parameters = sums[5].flatten() if 5 in sums else None
+        return [*by_grad, sums[0], sums[1], sums[2], sums.get(3), found.a, by_parameters]
 
 
 def fits(inputs: tuple[Any, ...]) -> bool:
@@ -293,14 +306,16 @@ def forward(*inputs: Any) -> Tensor:
     launch.run(_forward_kernel, FORWARD[runtime.current_precision()], launch.kernel_inputs(), rows_ND)
     if launch.m.w is None:
         return rows_ND
-    return sum_all([(rows_ND, launch.m.i_start, None)])[0]
+    return sum_all([Terms(rows_ND, launch.m.i_start, None)])[0]
 
 
-def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> list[Tensor | None]:
+def backward(
+    onto: Sequence[Tensor | None], with_parameters: bool, grad: Tensor, *inputs: Any
+) -> list[Tensor | None]:
     if not fits(inputs):
-        return _message_torch.backward(with_parameters, grad, *inputs)
+        return pytorch_backward(onto, with_parameters, grad, *inputs)
     launch = Launch(inputs)
-    found = launch.gradients(BACKWARD, with_parameters, with_tangent=False)
+    found = launch.gradients(BACKWARD, with_parameters, with_tangent=False, onto_a=onto[4])
     launch.run(
         _backward_kernel,
         BACKWARD,
@@ -309,4 +324,4 @@ def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> list[Tensor |
         found,
         N_PARAMETERS=launch.n_parameters,
     )
-    return launch.sums(found)
+    return launch.sums(found, onto)

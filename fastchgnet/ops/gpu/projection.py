@@ -6,7 +6,7 @@ Forward is one launch: a program computes x of a tile of rows and then all y_m o
 them where the tiles are too few to fill the GPU. Backward is one launch too, of programs that each compute
 ds of a tile from all Y_m. Those of x, which the parameters' gradients need, run beside them, and so do
 those of all projections of x' in the second derivative. A second launch multiplies tables with each other
-for the gradients of the parameters, all rows of a chunk for one matrix [D, D] in a program; PyTorch adds up
+for the gradients of the parameters, all rows of a chunk for one matrix [D, D] in a program; a third adds up
 the chunks.
 """
 
@@ -20,11 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastchgnet.ops import projection
+from fastchgnet.ops._register import adding
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.gpu.projection_tiles import project, pull, weigh
+from fastchgnet.ops.gpu.segments import shares, sum_all
 from fastchgnet.ops.projection import MAX_PARTS, Inputs
 
 WIDTHS = (16, 32, 64)
+pytorch_backward = adding(projection._backward)
 WARPS = 4
 ROWS = 32  # of a tile
 FEW_ROWS = 16  # where tiles of as few rows as the matrix units take all run at once
@@ -67,6 +70,8 @@ class Pulled(NamedTuple):
     t: Any  # [n_ends or n, D]
     t_weight: Any  # [n, D], what h is multiplied with for t
     w: Any  # [n, D]
+    onto_t: Any = None  # [n_ends or n, D] what these two are added to
+    onto_w: Any = None  # [n, D]
 
 
 class Factors(NamedTuple):
@@ -119,7 +124,8 @@ def _weigh_kernel(
     m,
     grads,
     factors,
-    shares,
+    by_weight,
+    by_bias,
     n_rows,
     n_chunks,
     N_PARTS: tl.constexpr,
@@ -128,8 +134,8 @@ def _weigh_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    weigh(m, grads, factors, shares, program, n_chunks, n_rows, N_PARTS, N_AT_ENDS, N_BIASES, D, BLOCK)
+    program = tl.program_id(0), n_chunks
+    weigh(m, grads, factors, by_weight, by_bias, program, n_rows, N_PARTS, N_AT_ENDS, N_BIASES, D, BLOCK)
 
 
 class Launch:
@@ -171,19 +177,19 @@ class Launch:
         n_programs = kinds * triton.cdiv(self.n_rows, rows)
         self._run(_backward_kernel, n_programs, rows, given, self.grads, found, made, self.n_rows)
 
-    def parameters(self, given: Given, factors: Factors) -> list[Any]:
-        """Return the gradients of the weights and of the biases."""
+    def parameters(self, given: Given, factors: Factors, onto: Sequence[Any] = (None, None)) -> list[Any]:
+        """Return the gradients of the weights and of the biases, added to what there is of them."""
         m, bias = self.m, given.bias
         n_matrices = m.weight.numel() // self.width**2
         n_chunks = max(1, min(triton.cdiv(self.n_rows, ROWS), self._at_once() // n_matrices))
-        n_biases = 0 if bias is None else bias.numel()
-        shares = m.s.new_empty(n_chunks, m.weight.numel() + n_biases)
-        args = (given, self.grads, factors, shares, self.n_rows, n_chunks)
+        found = [m.s.new_empty(n_chunks, t.numel()) for t in (m.weight, bias) if t is not None]
+        by_bias = None if bias is None else found[1]
+        args = (given, self.grads, factors, found[0], by_bias, self.n_rows, n_chunks)
         # while one tile is multiplied, rows of the next and ends of the one after that are read
         self._run(_weigh_kernel, n_chunks * n_matrices, ROWS, *args, num_stages=3)
-        # two sums, since gradients must not share memory
-        by_weight, by_bias = shares.split([m.weight.numel(), n_biases], dim=1)
-        return [by_weight.sum(0).view_as(m.weight), None if bias is None else by_bias.sum(0)]
+        terms = [shares(t, self.width, before) for t, before in zip(found, onto, strict=False)]
+        by_weight, *by_biases = sum_all(terms, n_chunks)
+        return [by_weight, by_biases[0].flatten() if by_biases else None]
 
     def _at_once(self) -> int:
         """Programs that run at once, if there are as many rows."""
@@ -236,22 +242,23 @@ def forward(*inputs: Any) -> tuple[Any, ...]:
     return made.x, *made.parts[: m.n_parts]
 
 
-def backward(with_parameters: bool, grads: Sequence[Any], *inputs: Any) -> list[Any]:
+def backward(onto: Sequence[Any], with_parameters: bool, grads: Sequence[Any], *inputs: Any) -> list[Any]:
     if not fits(inputs):
-        return projection._backward(with_parameters, grads, *inputs)
+        return pytorch_backward(onto, with_parameters, grads, *inputs)
     launch = Launch(inputs, grads)
     m = launch.m
     given = launch.given(m.s, m.t, (None, None), m.bias)
-    found = Pulled(_like(m.s), _like(m.t), m.w, _like(m.w))
+    found = Pulled(_like(m.s), _like(m.t), m.w, _like(m.w), *onto[1:3])
     # x is s where nothing was sent
     update = with_parameters and m.t is not None
     made = Made(_like(m.s), _like(m.s), _padded([])) if update else None
     launch.backward(given, found, made)
-    features = [found.s, found.t, found.w]
+    by_s = found.s if onto[0] is None else found.s + onto[0]  # which is a factor below
+    features = [by_s, found.t, found.w]
     if not with_parameters:
         return features
     factors = Factors(found.s, *((None, m.s) if made is None else (made.sent, made.x)))
-    return [*features, *launch.parameters(given, factors)]
+    return [*features, *launch.parameters(given, factors, onto[3:])]
 
 
 def backward_backward(cotangents: Sequence[Any], grads: Sequence[Any], *inputs: Any) -> list[Any]:

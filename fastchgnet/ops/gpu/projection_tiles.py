@@ -48,6 +48,19 @@ def _put(table, index, values, ENDS: tl.constexpr, WIDTH: tl.constexpr, D: tl.co
 
 
 @triton.jit
+def _put_onto(table, before, index, values, ENDS: tl.constexpr, D: tl.constexpr):
+    """Write rows or ends, added to what was there before, if anything was."""
+    row, first, second, live = index
+    if before is None:
+        _put(table, index, values, ENDS, D, D)
+    elif ENDS:
+        write(table, first, live, values + read(before, first, live, D, D), D, D)
+        write(table, second, live, values + read(before, second, live, D, D), D, D)
+    else:
+        write(table, row, live, values + read(before, row, live, D, D), D, D)
+
+
+@triton.jit
 def _sent(m, index, BLOCK: tl.constexpr, D: tl.constexpr):
     """Return t^; zeros where nothing was sent."""
     ENDS: tl.constexpr = m.row_ends is not None
@@ -126,11 +139,11 @@ def pull(
     if m.out is not None:
         h = dot(factor(ds, "fp32"), matrix(m.out, D, "fp32"), zeros(BLOCK, D), "fp32")
         if found.w is not None:
-            write(found.w, row, live, h * _summed(m.t, index, ENDS, D, D), D, D)
+            _put_onto(found.w, found.onto_w, index, h * _summed(m.t, index, ENDS, D, D), False, D)
         if found.t is not None:
             if found.t_weight is not None:
                 h *= read(found.t_weight, row, live, D, D)
-            _put(found.t, index, h, ENDS, D, D)
+            _put_onto(found.t, found.onto_t, index, h, ENDS, D)
 
 
 @triton.jit
@@ -156,9 +169,9 @@ def weigh(
     m,
     grads,
     factors,
-    shares,
+    by_weight,
+    by_bias,
     program,
-    n_chunks,
     n_rows,
     N_PARTS: tl.constexpr,
     N_AT_ENDS: tl.constexpr,
@@ -169,9 +182,10 @@ def weigh(
     """Write a chunk's share of dB, or of a half of dW_m and db_m."""
     FIRST: tl.constexpr = 1 if m.out is not None else 0
     N_WEIGHTS: tl.constexpr = (FIRST + 2 * N_PARTS) * D * D
+    program, n_chunks = program
     chunk, matrix = program % n_chunks, program // n_chunks
     rows = chunk, n_chunks, n_rows
-    share = shares + chunk.to(tl.int64) * (N_WEIGHTS + 2 * N_BIASES * D)
+    share = by_weight + chunk.to(tl.int64) * N_WEIGHTS
     column = tl.arange(0, D)
     if m.out is not None and matrix == 0:
         product, _ = _product(m, factors.ds, factors.sent, rows, False, D, D, BLOCK)
@@ -183,4 +197,4 @@ def weigh(
             product, total = _product(m, y, factors.x, rows, half // 2 < N_AT_ENDS, 2 * D, D, BLOCK)
             write(share + (FIRST + half) * D * D, column, column >= 0, product, D, D)
             if half // 2 < N_BIASES:
-                tl.store(share + N_WEIGHTS + half * D + column, total)
+                tl.store(by_bias + chunk.to(tl.int64) * (2 * N_BIASES * D) + half * D + column, total)

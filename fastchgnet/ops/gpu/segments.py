@@ -2,7 +2,8 @@
 """Triton body of the sums of `fastchgnet.ops.segments`: several tables in one launch, no atomic additions.
 
 A program adds four segments side by side, four rows of each at a time. The order of a segment's additions
-depends on nothing but its length, so a crystal's sums are the same bit for bit in any batch.
+depends on nothing but its length, so a crystal's sums are the same bit for bit in any batch. Shares of the
+gradients of parameters, one of each program of a kernel, are added up in the same launch.
 """
 
 from __future__ import annotations
@@ -19,73 +20,120 @@ from fastchgnet.ops.gpu import runtime
 
 SEGMENTS = 4
 ROWS = 4
-MAX_SUMS = 5
+SHARES = 32  # added at a time
+MAX_SUMS = 7
 MAX_WIDTH = 256
 
 
-class Sum(NamedTuple):
+class Terms(NamedTuple):
     """Rows and the segments they are summed over."""
 
     rows: Any  # [N, width]
-    start: Any  # [n + 1]
-    order: Any  # [any number] rows, or None where they are as they stand
+    start: Any  # [n + 1]; None where rows 0, n, 2n and so on are the first segment's: shares of [n, width]
+    order: Any = None  # [any number] rows, or None where they are as they stand
+    onto: Any = None  # [n, width] what they are added to
+
+
+class Sum(NamedTuple):
+    """What a kernel takes of a sum."""
+
+    terms: Any
     out: Any  # [n, width]
 
 
+def shares(found: Tensor, width: int, onto: Tensor | None) -> Terms:
+    """Sum the rows of a table, [number of shares, any multiple of width], to its [any multiple of width]."""
+    return Terms(found.view(-1, width), None, None, None if onto is None else onto.view(-1, width))
+
+
 @triton.jit
-def _sum_block(job, n_segments, block, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr):
+def _sum_block(
+    job, n_segments, n_shares, block, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr
+):
     lane = tl.arange(0, SEGMENTS * ROWS)
     segment = block.to(tl.int64) * SEGMENTS + lane // ROWS
     inside = segment < n_segments
-    first = tl.load(job.start + segment, mask=inside, other=0)
-    end = tl.load(job.start + segment + 1, mask=inside, other=0)
+    first, end = tl.zeros_like(segment), tl.where(inside, n_shares, 0).to(tl.int64)
+    if job.terms.start is not None:
+        first = tl.load(job.terms.start + segment, mask=inside, other=0)
+        end = tl.load(job.terms.start + segment + 1, mask=inside, other=0)
     BLOCK: tl.constexpr = triton.next_power_of_2(WIDTH)
     column = tl.arange(0, BLOCK)
-    total = tl.zeros([SEGMENTS * ROWS, BLOCK], job.rows.dtype.element_ty)
+    total = tl.zeros([SEGMENTS * ROWS, BLOCK], job.out.dtype.element_ty)
     for step in range(0, tl.max(end - first).to(tl.int32), ROWS):
         row = first + step + lane % ROWS
         live = row < end
-        if job.order is not None:
-            row = tl.load(job.order + row, mask=live, other=0)
+        if job.terms.start is None:
+            row = row * n_segments + segment
+        if job.terms.order is not None:
+            row = tl.load(job.terms.order + row, mask=live, other=0)
         at = row[:, None] * WIDTH + column[None, :]
-        total += tl.load(job.rows + at, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0)
+        total += tl.load(job.terms.rows + at, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0)
     total = tl.sum(total.reshape([SEGMENTS, ROWS, BLOCK]), 1)
     segment = block.to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
     at = segment[:, None] * WIDTH + column[None, :]
-    tl.store(job.out + at, total, mask=(segment < n_segments)[:, None] & (column < WIDTH)[None, :])
+    within = (segment < n_segments)[:, None] & (column < WIDTH)[None, :]
+    if job.terms.onto is not None:
+        total += tl.load(job.terms.onto + at, mask=within, other=0.0)
+    tl.store(job.out + at, total, mask=within)
 
 
-@triton.jit(do_not_specialize=["n_0", "n_1", "n_2", "n_3", "n_4"])
+@triton.jit(do_not_specialize=["n_shares", "n_0", "n_1", "n_2", "n_3", "n_4", "n_5", "n_6"])
 def _sum_kernel(
-    jobs, n_0, n_1, n_2, n_3, n_4, WIDTHS: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr
+    jobs,
+    n_shares,
+    n_0,
+    n_1,
+    n_2,
+    n_3,
+    n_4,
+    n_5,
+    n_6,
+    WIDTHS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
-    sizes = (n_0, n_1, n_2, n_3, n_4)
+    sizes = (n_0, n_1, n_2, n_3, n_4, n_5, n_6)
     block = tl.program_id(0)
     for job in tl.static_range(len(WIDTHS)):
-        n_blocks = tl.cdiv(sizes[job], SEGMENTS)
-        if (block >= 0) & (block < n_blocks):
-            _sum_block(jobs[job], sizes[job], block, WIDTHS[job], SEGMENTS, ROWS)
-        block -= n_blocks
+        if jobs[job].terms.start is None:
+            if (block >= 0) & (block < sizes[job]):
+                _sum_block(jobs[job], sizes[job], n_shares, block, WIDTHS[job], 1, SHARES)
+            block -= sizes[job]
+        else:
+            n_blocks = tl.cdiv(sizes[job], SEGMENTS)
+            if (block >= 0) & (block < n_blocks):
+                _sum_block(jobs[job], sizes[job], n_shares, block, WIDTHS[job], SEGMENTS, ROWS)
+            block -= n_blocks
 
 
-def sum_all(wanted: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[Tensor]:
-    """Sum several (rows, start, order) by segment in one launch."""
-    jobs = tuple(
-        Sum(rows, start, order, rows.new_empty(len(start) - 1, rows.shape[1]))
-        for rows, start, order in wanted
-    )
+def sum_all(wanted: Sequence[Terms], n_shares: int = 0) -> list[Tensor]:
+    """Sum several tables by segment in one launch, [n, width] each.
+
+    Args:
+        wanted: at most MAX_SUMS; what takes longest is best first.
+        n_shares: how many rows each segment has of the tables without `start`.
+    """
+    jobs, n_blocks = [], 0
+    for terms in wanted:
+        rows, width = terms.rows, terms.rows.shape[1]
+        n = len(rows) // n_shares if terms.start is None else len(terms.start) - 1
+        jobs.append(Sum(terms, rows.new_empty(n, width)))
+        n_blocks += n if terms.start is None else triton.cdiv(n, SEGMENTS)
     sizes = [len(job.out) for job in jobs]
-    n_blocks = sum(-(-n // SEGMENTS) for n in sizes)
     runtime.launch(
         _sum_kernel,
         max(n_blocks, 1),
-        jobs[0].rows.device,
-        jobs,
+        jobs[0].out.device,
+        tuple(jobs),
+        n_shares,
         *sizes,
         *[0] * (MAX_SUMS - len(jobs)),
-        WIDTHS=tuple(job.rows.shape[1] for job in jobs),
+        WIDTHS=tuple(job.out.shape[1] for job in jobs),
         SEGMENTS=SEGMENTS,
         ROWS=ROWS,
+        SHARES=SHARES,
         num_warps=2,
         num_stages=1,
     )
@@ -96,4 +144,4 @@ def segment_sum(rows: Tensor, segment: Tensor, start: Tensor, order: Tensor | No
     """Sum rows by segment, [N, width] to [n, width]."""
     if not 0 < rows.shape[1] <= MAX_WIDTH:
         return segments.sum_rows(rows, start, order)
-    return sum_all([(rows.contiguous(), start, order)])[0]
+    return sum_all([Terms(rows.contiguous(), start, order)])[0]
