@@ -25,6 +25,7 @@ from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
 from fastchgnet.ops.geometry import geometry
 from fastchgnet.ops.message import MLP, Rows, Tables, messages
+from fastchgnet.ops.packing import packed
 from fastchgnet.ops.projection import Ends, Sent, project
 from fastchgnet.ops.readout import readout
 from fastchgnet.ops.segments import gather
@@ -294,12 +295,41 @@ class CHGNet(nn.Module):
         """
         return t if self.config.interaction == "parallel" else t - 1
 
-    def used_first(self) -> list[Tensor]:
-        """Return the parameters of layers that are used before all layers, in one product."""
-        return [conv.bond.weight for conv in self.atom_convs]
+    def in_order(self) -> list[nn.Parameter]:
+        """Return the parameters in the order of their use, what one op takes side by side.
+
+        Weights of atom convolutions on bonds are used before all layers, in one product.
+        """
+        layers: list[Any] = []
+        for t in range(N_BLOCKS + 1):
+            if t < N_BLOCKS:
+                layers += [conv.out.weight for conv in _at(self.bond_convs, t - 1)]
+                layers += [reader.weight for reader in self._readers_of_bonds(t)]
+            layers += [conv.out.weight for conv in _at(self.atom_convs, t - 1)]
+            readers = self._readers_of_atoms(t)
+            layers += [reader.weight for reader in readers]
+            layers += [reader.bias for reader in readers if reader.bias is not None]
+            for conv in _at(self.atom_convs, t):
+                layers += conv.message.parameters()
+            for layer in (*_at(self.bond_convs, t), *_at(self.angle_updates, t)):
+                layers += [layer.first.angle.weight, *layer.message.parameters()]
+        last = [p for part in (self.magmom, self.readout_norm, self.readout) for p in part.parameters()]
+        placed = {id(p) for p in (*layers, *last)}
+        return [*(p for p in self.parameters() if id(p) not in placed), *layers, *last]
+
+    def _readers_of_atoms(self, t: int) -> list[nn.Linear]:
+        """Return what projects the atom features after t convolutions."""
+        layers = (*_at(self.bond_convs, self._block(t)), *_at(self.angle_updates, self._block(t)))
+        readers = [layer.first.center for layer in layers]
+        return readers + [part for conv in _at(self.atom_convs, t) for part in (conv.center, conv.neighbor)]
+
+    def _readers_of_bonds(self, t: int) -> list[nn.Linear]:
+        """Return what projects the bond features after t convolutions, but for the atom convolution."""
+        layers = (*_at(self.bond_convs, t), *_at(self.angle_updates, self._block(t)))
+        return [part for layer in layers for part in (layer.first.bond_i, layer.first.bond_j)]
 
     def _conv_weights(self) -> Sequence[Tensor]:
-        weights = torch.cat(self.used_first())
+        weights = packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D)
         return (weights @ self.bond_embedding.weight).split(2 * D)
 
     def _update_atoms(self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected) -> Tensor:
@@ -309,9 +339,7 @@ class CHGNet(nn.Module):
             out = self.atom_convs[t - 1].out
             atom_AD = atom_AD if out.bias is None else atom_AD + out.bias
             sent = Sent(sum_AD, None, out.weight)
-        layers = (*_at(self.bond_convs, self._block(t)), *_at(self.angle_updates, self._block(t)))
-        readers = [layer.first.center for layer in layers]
-        readers += [part for conv in _at(self.atom_convs, t) for part in (conv.center, conv.neighbor)]
+        readers = self._readers_of_atoms(t)
         atom_AD, tables = project(atom_AD, sent, [(reader.weight, reader.bias) for reader in readers])
         projected.update(zip(readers, tables, strict=True))
         return atom_AD
@@ -322,8 +350,7 @@ class CHGNet(nn.Module):
         """Return the bond features after t convolutions, projected for all who read those."""
         if sent is not None and self.config.output_bias:
             bonds = bonds.biased(self.bond_convs[t - 1].out.bias)
-        layers = (*_at(self.bond_convs, t), *_at(self.angle_updates, self._block(t)))
-        readers = [part for layer in layers for part in (layer.first.bond_i, layer.first.bond_j)]
+        readers = self._readers_of_bonds(t)
         ends = Ends(graph.bond_short, graph.short_by_bond.segment, len(readers))
         readers.append(conv_bond := self.atom_convs[t].bond)
         short_BD, tables = project(bonds.short_BD, sent, [(reader.weight, None) for reader in readers], ends)

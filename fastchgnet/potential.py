@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from fastchgnet.config import ModelConfig, Provenance
+from fastchgnet.flat import flatten
 from fastchgnet.graph import Batch, Output, Systems
 from fastchgnet.heads import PairHeads, PaperHeads, forces_and_stress
 from fastchgnet.model import CHGNet, Features
@@ -46,13 +47,24 @@ class Potential(nn.Module):
         if config.readout == "direct":
             self.heads = PairHeads(config) if config.heads == "pair" else PaperHeads(config)
         self.register_buffer("references", references.detach().double())
+        flatten(list(self.in_order().values()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .float() and .to(dtype) must not round the reference energies: they are summed over all atoms
         exact = self.references
         super()._apply(fn, recurse)
         self.references = exact.to(self.references.device)
+        flatten(list(self.in_order().values()))
         return self
+
+    def in_order(self) -> dict[str, nn.Parameter]:
+        """Return the parameters by name, in the order of their use, in which they lie in memory.
+
+        A backward pass completes their gradients in about the opposite order.
+        """
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        heads: Iterable[nn.Parameter] = [] if self.heads is None else self.heads.parameters()
+        return {names[id(p)]: p for p in (*self.model.in_order(), *heads)}
 
     @property
     def dtype(self) -> torch.dtype:

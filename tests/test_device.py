@@ -25,7 +25,7 @@ from fastchgnet.train.step import Inputs, Step
 def test_a_step_stays_on_its_device(config: ModelConfig, padded: bool) -> None:
     model = potential(config, torch.float32).to("meta").train()
     average = copy.deepcopy(model).eval()
-    step = Step(model, Optimizer(model, average, clip_norm=1.0), LossConfig())
+    step = Step(model, Optimizer(model.in_order(), average.in_order(), clip_norm=1.0), LossConfig())
     batch = model.build_graph(systems_from_atoms(crystals()))
     n_systems, n_atoms = batch.n_systems, len(batch.atomic_number)
     labels = Labels(

@@ -244,7 +244,7 @@ def test_the_host_sees_nothing_of_a_step(config: RunConfig, stores: Path, readou
     item = source.prepare(batch, room)
     potential = copy.deepcopy(first).to("meta").train()
     source = DeviceGraphs(frames, potential, planning, resident)
-    optimizer = Optimizer(potential, copy.deepcopy(potential).eval(), clip_norm=1.0)
+    optimizer = Optimizer(potential.in_order(), copy.deepcopy(potential).in_order(), clip_norm=1.0)
     step = Step(potential, optimizer, config.loss)
     tensors = [t.to("meta") for t in item.tensors]
     inputs = Inputs(*(torch.zeros(n, dtype=torch.float64, device="meta") for n in (4, 3, 2)))

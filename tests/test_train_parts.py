@@ -16,9 +16,9 @@ from torch import nn
 
 from fastchgnet.config import Config, OptimConfig, RunConfig, load_run_config
 from fastchgnet.errors import InputError
+from fastchgnet.flat import views
 from fastchgnet.train.batches import Batches, prefetch
 from fastchgnet.train.checkpoint import Progress, load_state, save_state
-from fastchgnet.train.flat import in_order, views
 from fastchgnet.train.log import RunLog, read_metrics
 from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
 from fastchgnet.train.sampler import Strategy
@@ -223,7 +223,7 @@ def test_steps_are_those_of_torch(clip_norm: float | None) -> None:
     current, average = twins()
     theirs, their_average = twins()
     adam = torch.optim.Adam(theirs.parameters())
-    optimizer = Optimizer(current, average, clip_norm)
+    optimizer = Optimizer(dict(current.named_parameters()), dict(average.named_parameters()), clip_norm)
     for step in range(5):
         gradients = [(step + 1) * torch.randn_like(p) for p in current.parameters()]
         sizes = step_sizes(step, rate=0.1 / (step + 1), ema_decay=0.2)
@@ -250,7 +250,7 @@ def test_steps_are_those_of_torch(clip_norm: float | None) -> None:
 
 def test_without_decay_the_average_is_the_current_weights() -> None:
     current, average = twins()
-    optimizer = Optimizer(current, average, None)
+    optimizer = Optimizer(dict(current.named_parameters()), dict(average.named_parameters()), None)
     sizes = torch.tensor(step_sizes(9, rate=0.1, ema_decay=0.0), dtype=torch.float64)
     optimizer.update(torch.randn_like(optimizer.weights), sizes)
     assert all(torch.equal(a, c) for a, c in zip(average.parameters(), current.parameters(), strict=True))
@@ -259,28 +259,12 @@ def test_without_decay_the_average_is_the_current_weights() -> None:
 def test_parameters_become_views_of_one_buffer() -> None:
     current, average = twins()
     before = [p.detach().clone() for p in current.parameters()]
-    optimizer = Optimizer(current, average, None)
+    optimizer = Optimizer(dict(current.named_parameters()), dict(average.named_parameters()), None)
     starts = [(p.data_ptr() - optimizer.weights.data_ptr()) / 8 for p in current.parameters()]
     assert all(start % 64 == 0 for start in starts)
     assert all(torch.equal(p, q) for p, q in zip(current.parameters(), before, strict=True))
     optimizer.weights.zero_()
     assert not any(p.any() for p in current.parameters()) and any(p.any() for p in average.parameters())
-
-
-def test_layers_of_one_number_lie_side_by_side() -> None:
-    class Blocks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(1, 1, bias=False)
-            self.atoms = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(3))
-            self.bonds = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(2))
-            self.last = nn.Sequential(nn.Linear(1, 1, bias=False))
-
-    assert [name.removesuffix(".weight") for name in in_order(Blocks())] == [
-        "first", "atoms.0", "bonds.0", "atoms.1", "bonds.1", "atoms.2", "last.0",
-    ]  # fmt: skip
-    plain = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5))
-    assert list(in_order(plain)) == [name for name, _ in plain.named_parameters()]
 
 
 # saved states

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+
+from fastchgnet.ops.packing import packed
 
 EPS = 1e-5
 
@@ -22,8 +23,8 @@ class MLP(NamedTuple):
 
     def packed(self) -> Tensor | None:
         """Put the parameters that there are one behind the other."""
-        parts = [t.flatten() for t in self if t is not None]
-        return torch.cat(parts) if parts else None
+        parts = [t for t in self if t is not None]
+        return packed(parts) if parts else None
 
 
 class Inputs(NamedTuple):

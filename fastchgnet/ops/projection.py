@@ -38,6 +38,7 @@ from torch import Tensor
 from fastchgnet.ops._register import Family, adding
 from fastchgnet.ops.cpu import projection as cpu_projection
 from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.packing import packed
 from fastchgnet.ops.segments import sum_rows
 
 MAX_PARTS = 5
@@ -93,14 +94,14 @@ def project(
     biases = [bias for _, bias in parts if bias is not None]
     if any(bias is not None for _, bias in parts[len(biases) :]):
         raise ValueError("projections with a bias come first")
-    weights = [weight for weight, _ in parts]
+    weights = [weight for weight, _ in parts] if sent is None else [sent.out, *(w for w, _ in parts)]
     row_ends, end_row, n_at_ends = ends or (None, None, 0)
     x, *tables = _family(
         state,
         None if sent is None else sent.rows,
         None if sent is None else sent.weight,
-        torch.cat(weights if sent is None else [sent.out, *weights]),
-        torch.cat(biases) if biases else None,
+        packed(weights).view(-1, state.shape[1]),
+        packed(biases) if biases else None,
         row_ends,
         end_row,
         n_at_ends,

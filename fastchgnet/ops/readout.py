@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from fastchgnet.ops import _readout_torch, _register
 from fastchgnet.ops._readout_torch import EPS
 from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.packing import packed
 
 
 def readout(atom_AD: Tensor, norm: nn.Module, layers: nn.Sequential) -> Tensor:
@@ -61,9 +62,9 @@ def readout(atom_AD: Tensor, norm: nn.Module, layers: nn.Sequential) -> Tensor:
 
 def pack(norm: nn.Module, layers: Iterable[nn.Module]) -> tuple[Tensor, list[int], bool]:
     """Return what `fused_readout` takes behind the features, with all parameters in one tensor."""
-    parameters = [p.flatten() for module in (norm, *layers) for p in module.parameters(recurse=False)]
+    parameters = [p for module in (norm, *layers) for p in module.parameters(recurse=False)]
     *hidden, _ = (layer for layer in layers if isinstance(layer, nn.Linear))
-    return torch.cat(parameters), [layer.out_features for layer in hidden], isinstance(norm, nn.LayerNorm)
+    return packed(parameters), [layer.out_features for layer in hidden], isinstance(norm, nn.LayerNorm)
 
 
 def fused_readout(atom_AD: Tensor, parameters: Tensor, widths: Sequence[int], has_norm: bool) -> Tensor:

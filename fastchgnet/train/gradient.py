@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastchgnet.train.flat import places, views
+from fastchgnet.flat import places, views
 from fastchgnet.train.ranks import ALONE, Ranks
 
 N_MESSAGES = 4
@@ -38,7 +38,7 @@ class Gradient:
         ranks: processes over which it is summed.
 
     Attributes:
-        values: the gradient, flat, in the layout of `fastchgnet.train.flat`.
+        values: the gradient, flat, in the layout of `fastchgnet.flat`.
         numbers: [64] what travels with it, summed as well.
     """
 

@@ -77,7 +77,8 @@ class Trainer:
         build = first_potential if state is None else blank_potential
         self.potential = build(config, train, self.device)
         self.average = copy.deepcopy(self.potential).eval()
-        self.optimizer = Optimizer(self.potential, self.average, config.optim.clip_norm)
+        current, average = self.potential.in_order(), self.average.in_order()
+        self.optimizer = Optimizer(current, average, config.optim.clip_norm)
         plan = train.store.header.plan
         # sizes within the cutoffs of the store, whatever those of the model: no frame is counted again
         sizes = frame_sizes(train.store, train.indices, plan.atom_cutoff, plan.bond_cutoff)

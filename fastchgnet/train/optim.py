@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from fastchgnet.flat import flatten, views
 from fastchgnet.ops.gpu import runtime
-from fastchgnet.train.flat import flatten, in_order, views
 
 BETA_MEAN = 0.9
 BETA_SQUARE = 0.999
@@ -59,20 +60,24 @@ class Optimizer:
     Parameters become views of the buffers.
 
     Args:
-        current: module that is trained.
-        average: module of the same kind that holds the running average of its weights.
+        current: parameters that are trained, by name, in the order of their use.
+        average: those that hold their running averages.
         clip_norm: norm to which a longer gradient is shortened, if any.
 
     Attributes:
-        parameters: those that are trained, in the order of their use.
+        parameters: those that are trained, in this order.
     """
 
-    def __init__(self, current: nn.Module, average: nn.Module, clip_norm: float | None) -> None:
-        named = in_order(current)
-        self.names, self.parameters = list(named), list(named.values())
+    def __init__(
+        self,
+        current: Mapping[str, nn.Parameter],
+        average: Mapping[str, nn.Parameter],
+        clip_norm: float | None,
+    ) -> None:
+        self.names, self.parameters = list(current), list(current.values())
         self.clip_norm = clip_norm
         self.weights = flatten(self.parameters)
-        self.average = flatten(list(in_order(average).values()))
+        self.average = flatten([average[name] for name in self.names])
         self.mean = torch.zeros_like(self.weights)
         self.square = torch.zeros_like(self.weights)
 

@@ -12,29 +12,6 @@ _ALIGN = 64
 """Elements that the place of a parameter in a buffer is a multiple of: vector loads want 16 bytes."""
 
 
-def in_order(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters in the order of their use: those before all lists of layers, then layer by layer.
-
-    Layers of the same number in several lists belong together, as the blocks of a network do. What a module
-    names in `used_first` comes before all layers. A backward pass completes gradients in about the opposite
-    order.
-    """
-    named = dict(module.named_parameters())
-    first = {id(p) for one in module.modules() for p in getattr(one, "used_first", list)()}
-    lists = [f"{name}." for name, one in module.named_modules() if isinstance(one, nn.ModuleList)]
-    depths: dict[str, float] = {}
-    depth_outside = -1.0
-    for name, parameter in named.items():
-        around = next((one for one in lists if name.startswith(one)), None)
-        if around is not None:
-            depth_outside = math.inf
-        number = None if around is None else name.removeprefix(around).split(".")[0]
-        depths[name] = depth_outside if number is None else int(number)
-        if id(parameter) in first:
-            depths[name] = -1.0
-    return {name: named[name] for name in sorted(depths, key=lambda name: depths[name])}
-
-
 def places(parameters: Sequence[Tensor]) -> list[int]:
     """Return the first element of each parameter in a buffer, and the length of the buffer."""
     found = [0]
