@@ -58,6 +58,7 @@ class Rows(NamedTuple):
     p: Any
     q: Any
     r: Any
+    r_tail: Any
     w: Any
     a: Any
     angle_weight: Any
@@ -80,11 +81,12 @@ class Gradients(NamedTuple):
     parameters: Any  # [programs, number of parameters]
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_r"])
 def _forward_kernel(
     m,
     out,
     n_rows,
+    n_r,
     N_NORMS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -92,8 +94,8 @@ def _forward_kernel(
 ):
     rows_core, rows_gate, hidden_core, hidden_gate = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
-        index, live = segments(m, tile, n_rows, BLOCK)
-        tables = (m.p, m.q, m.r)
+        index, live = segments(m, tile, n_rows, n_r, BLOCK)
+        tables = (m.p, m.q, m.r, m.r_tail)
         a_ND = factor(read(m.a, index[3], live, D, D), PRECISION) if m.a is not None else None
         h = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
         x, _ = norm(norm_input(h, hidden_core, m, 0, D, PRECISION), m, D)
@@ -145,12 +147,13 @@ def _branch_backward(
     return dh, (angle, weight, bias, scale, shift)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_r"])
 def _backward_kernel(
     grad,
     m,
     found,
     n_rows,
+    n_r,
     N_PARAMETERS: tl.constexpr,
     N_NORMS: tl.constexpr,
     D: tl.constexpr,
@@ -161,8 +164,8 @@ def _backward_kernel(
     sums_core, sums_gate = no_sums(m, D), no_sums(m, D)
     rows_core, rows_gate, hidden_core, hidden_gate = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
-        index, live = segments(m, tile, n_rows, BLOCK)
-        tables = (m.p, m.q, m.r)
+        index, live = segments(m, tile, n_rows, n_r, BLOCK)
+        tables = (m.p, m.q, m.r, m.r_tail)
         a_ND = factor(read(m.a, index[3], live, D, D), PRECISION) if m.a is not None else None
         h_core = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
         h_gate = gathered(tables, a_ND, rows_gate, index, live, 1, D, PRECISION)
@@ -247,6 +250,7 @@ class Launch:
             self.m.p.device,
             *args,
             self.n_rows,
+            len(self.m.r),
             **constants,
             N_NORMS=self.m.n_norms,
             D=self.width,
@@ -259,16 +263,18 @@ class Launch:
     def kernel_inputs(self) -> Rows:
         """What kernels read."""
         m = self.m
-        return Rows(*m[:5], *m.unpacked(m.parameters), m.i, m.j, m.k)
+        return Rows(*m[:6], *m.unpacked(m.parameters), m.i, m.j, m.k)
 
     def sums(self, found: Gradients) -> list[Tensor | None]:
         """Sum rows and shares: gradients of G, unless there is none, of features and parameters."""
-        m = self.m
+        m, n_r = self.m, len(self.m.r)
         wanted = [
             (found.h, m.i_start, None),
             (found.h, m.j_start, m.j_order),
-            (found.h, m.k_start, m.k_order),
+            (found.h, m.k_start[: n_r + 1], m.k_order),
         ]
+        if m.r_tail is not None:
+            wanted.append((found.h, m.k_start[n_r:], m.k_order))
         if m.w is not None:
             wanted.append((found.w, m.k_start, m.k_order))
         summed = found.tangent is not None and m.w is not None
@@ -277,7 +283,9 @@ class Launch:
         sums = sum_all(wanted)
         by_grad = [] if found.tangent is None else [sums.pop() if summed else found.tangent]
         by_parameters = None if found.parameters is None else found.parameters.sum(0)
-        return [*by_grad, *sums[:3], sums[3] if m.w is not None else None, found.a, by_parameters]
+        by_w = None if m.w is None else sums.pop()
+        by_tail = None if m.r_tail is None else sums.pop()
+        return [*by_grad, *sums, by_tail, by_w, found.a, by_parameters]
 
 
 def fits(inputs: tuple[Any, ...]) -> bool:

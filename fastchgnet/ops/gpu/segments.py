@@ -19,7 +19,7 @@ from fastchgnet.ops.gpu import runtime
 
 SEGMENTS = 4
 ROWS = 4
-MAX_SUMS = 5
+MAX_SUMS = 6
 MAX_WIDTH = 256
 
 
@@ -55,11 +55,11 @@ def _sum_block(job, n_segments, block, WIDTH: tl.constexpr, SEGMENTS: tl.constex
     tl.store(job.out + at, total, mask=(segment < n_segments)[:, None] & (column < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_0", "n_1", "n_2", "n_3", "n_4"])
+@triton.jit(do_not_specialize=["n_0", "n_1", "n_2", "n_3", "n_4", "n_5"])
 def _sum_kernel(
-    jobs, n_0, n_1, n_2, n_3, n_4, WIDTHS: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr
+    jobs, n_0, n_1, n_2, n_3, n_4, n_5, WIDTHS: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr
 ):
-    sizes = (n_0, n_1, n_2, n_3, n_4)
+    sizes = (n_0, n_1, n_2, n_3, n_4, n_5)
     block = tl.program_id(0)
     for job in tl.static_range(len(WIDTHS)):
         n_blocks = tl.cdiv(sizes[job], SEGMENTS)
