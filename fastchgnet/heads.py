@@ -12,7 +12,7 @@ from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
 from fastchgnet.model import D, Features, GatedMLP, projection
 from fastchgnet.ops.envelope import cutoff_envelope
-from fastchgnet.ops.message import Rows
+from fastchgnet.ops.message import Rows, Tables
 from fastchgnet.ops.pair_forces import forces_and_virials
 from fastchgnet.ops.segments import gather, segment_sum
 from fastchgnet.units import GPA
@@ -72,7 +72,7 @@ class PairHeads(nn.Module):
         distance = bond_vector.norm(dim=1, keepdim=True)
         unit = bond_vector / distance
         atom = self.atom(features.atom_AD)
-        tables = (features.bonds.project(self.bond.weight), atom, atom)
+        tables = Tables(features.bonds.project(self.bond.weight), atom, atom)
         message_UD = self.message(tables, None, Rows(*batch.bonds_by_ends))
         cutoff = cutoff_envelope(distance, self.config.atom_cutoff, self.config.envelope_p)
         n_U1, m_U1 = (self.scalars(message_UD) * cutoff).chunk(2, dim=1)

@@ -1,6 +1,6 @@
 """CHGNet, top to bottom: embeddings, four interaction blocks, readouts (Deng et al. 2023, Zhou et al. 2024).
 
-Legend: A atoms, U bonds (short ones first), B short bonds, E directed edges, K short edges, T angles;
+Legend: A atoms, U bonds, first B short and then L long ones, E directed edges, K short edges, T angles;
 D = 64 features, R radial and F angular basis functions.
 
 Three facts shape the code. A linear layer on a concatenation is a sum of linear layers, W[a;b;c] =
@@ -29,7 +29,7 @@ from fastchgnet.ops.packing import packed
 from fastchgnet.ops.projection import Ends, Sent, project
 from fastchgnet.ops.readout import readout
 from fastchgnet.ops.segments import gather
-from fastchgnet.ops.tail import with_tail
+from fastchgnet.ops.split_linear import split_linear
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 D = 64
@@ -73,7 +73,7 @@ class GatedMLP(nn.Module):
 
         Args:
             tables: projections of what the rows gather.
-            weight: [n, D] of the messages, gathered as the last table.
+            weight: [n, D] of the messages, gathered as the last table is.
             rows: what each row gathers and where it belongs.
             angle: features of the rows themselves, [N, D], and their projection.
         """
@@ -93,29 +93,26 @@ class BondFeatures(NamedTuple):
     """Features of all bonds: state of the short ones, radial basis of the long ones."""
 
     short_BD: Tensor
-    long_basis: Tensor  # [U-B, R]
+    long_basis_LR: Tensor
     embedding_DR: Tensor
-    conv_weights: Sequence[Tensor]  # of atom convolutions on bonds, times the embedding, [2D, R] each
+    long_tables: Sequence[Tensor]  # projections of the long ones for each atom convolution, [L, 2D]
     has_angle_U1: Tensor | None  # one where the bond's system has an angle; only an output bias asks for it
     long_shift_1D: Tensor | None = None  # what output biases have added to long bonds that have_angle
 
     def project(self, weight: Tensor) -> Tensor:
         """Apply a weight [K, D] to the features of every bond, [U, K]."""
-        return self.with_long(F.linear(self.short_BD, weight), weight, weight @ self.embedding_DR)
+        long_LK = F.linear(self.long_basis_LR, weight @ self.embedding_DR)
+        return torch.cat([F.linear(self.short_BD, weight), self._shifted(long_LK, weight)])
 
-    def with_long(self, short_BK: Tensor, weight: Tensor, weight_KR: Tensor) -> Tensor:
-        """Append the projections of the long bonds to those of the short ones, [U, K].
+    def long_table(self, t: int, weight: Tensor) -> Tensor:
+        """Return the projections of the long bonds for an atom convolution with this weight, [L, 2D]."""
+        return self._shifted(self.long_tables[t], weight)
 
-        Args:
-            short_BK: projections of the short ones.
-            weight: [K, D] that made them.
-            weight_KR: its product with the embedding.
-        """
-        projected_UK = with_tail(short_BK, self.long_basis, weight_KR)
+    def _shifted(self, long_LK: Tensor, weight: Tensor) -> Tensor:
+        """Add to projections of the long bonds what output biases have added to the bonds."""
         if self.has_angle_U1 is None or self.long_shift_1D is None:
-            return projected_UK
-        is_long = torch.arange(len(projected_UK), device=weight.device)[:, None] >= len(short_BK)
-        return projected_UK + is_long * self.has_angle_U1 * F.linear(self.long_shift_1D, weight)
+            return long_LK
+        return long_LK + self.has_angle_U1[len(self.short_BD) :] * F.linear(self.long_shift_1D, weight)
 
     def biased(self, bias: Tensor) -> BondFeatures:
         """Add the output bias of a bond convolution, [D], wherever there are angles."""
@@ -140,10 +137,10 @@ class AtomConv(nn.Module):
         self.message = GatedMLP(config)
         self.out = nn.Linear(D, D, bias=config.output_bias)
 
-    def forward(self, projected: Projected, weight_UD: Tensor, edges: Rows) -> Tensor:
+    def forward(self, projected: Projected, long_L2D: Tensor, weight_UD: Tensor, edges: Rows) -> Tensor:
         """Return the sum in brackets, [A, D]."""
-        tables = (projected.pop(self.center), projected.pop(self.neighbor), projected.pop(self.bond))
-        return self.message(tables, weight_UD, edges)
+        atoms = projected.pop(self.center), projected.pop(self.neighbor)
+        return self.message(Tables(*atoms, projected.pop(self.bond), long_L2D), weight_UD, edges)
 
 
 class AngleProjections(nn.Module):
@@ -158,7 +155,7 @@ class AngleProjections(nn.Module):
 
     def forward(self, projected: Projected) -> Tables:
         """Return what angles gather: their first short edge, their centre, their second short edge."""
-        return projected.pop(self.bond_i), projected.pop(self.center), projected.pop(self.bond_j)
+        return Tables(projected.pop(self.bond_i), projected.pop(self.center), projected.pop(self.bond_j))
 
 
 class BondConv(nn.Module):
@@ -254,7 +251,8 @@ class CHGNet(nn.Module):
         bonds = self._update_bonds(0, bonds, None, graph, projected)
         atom_AD = self._update_atoms(0, self.atom_embedding(batch.atomic_number - 1), None, projected)
         for t, conv in enumerate(self.atom_convs[:-1]):
-            sum_AD = conv(projected, weights.atom_UD, graph.edges)
+            long_L2D = bonds.long_table(t, conv.bond.weight)
+            sum_AD = conv(projected, long_L2D, weights.atom_UD, graph.edges)
             atom_AD = self._update_atoms(t + 1, atom_AD, sum_AD, projected)
             sum_KD = self.bond_convs[t](projected, angle_TD, weights.bond_KD, graph.angles)
             sent = Sent(sum_KD, weights.bond_BD, self.bond_convs[t].out.weight)
@@ -262,7 +260,8 @@ class CHGNet(nn.Module):
             if t < len(self.angle_updates):
                 angle_TD = self.angle_updates[t](projected, angle_TD, graph.angles)
         magmoms = self.magmom(atom_AD)[:, 0].abs()
-        sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
+        long_L2D = bonds.long_table(-1, self.atom_convs[-1].bond.weight)
+        sum_AD = self.atom_convs[-1](projected, long_L2D, weights.atom_UD, graph.edges)
         atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected)
         site_energy = readout(atom_AD, self.readout_norm, self.readout)
         return Features(site_energy, magmoms, atom_AD, bonds)
@@ -274,15 +273,15 @@ class CHGNet(nn.Module):
         bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
         angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
         basis_UR = self.atom_basis(distance)
-        short_basis, long_basis = basis_UR.split([n_short, len(basis_UR) - n_short])
+        short_basis_BR, long_basis_LR = basis_UR.split([n_short, len(basis_UR) - n_short])
         weights = Weights(
             self.atom_weight(basis_UR), bond_weight_BD, gather(bond_weight_BD, graph.short_by_bond)
         )
         bonds = BondFeatures(
-            short_BD=self.bond_embedding(short_basis),
-            long_basis=long_basis,
+            short_BD=self.bond_embedding(short_basis_BR),
+            long_basis_LR=long_basis_LR,
             embedding_DR=self.bond_embedding.weight,
-            conv_weights=self._conv_weights(),
+            long_tables=split_linear(long_basis_LR, self._long_weights()),
             has_angle_U1=self._bond_has_angle(batch) if self.config.output_bias else None,
         )
         return weights, bonds, angle_TD
@@ -328,9 +327,9 @@ class CHGNet(nn.Module):
         layers = (*_at(self.bond_convs, t), *_at(self.angle_updates, self._block(t)))
         return [part for layer in layers for part in (layer.first.bond_i, layer.first.bond_j)]
 
-    def _conv_weights(self) -> Sequence[Tensor]:
-        weights = packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D)
-        return (weights @ self.bond_embedding.weight).split(2 * D)
+    def _long_weights(self) -> Tensor:
+        """Return what atom convolutions multiply the basis of long bonds with, one behind the other."""
+        return packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D) @ self.bond_embedding.weight
 
     def _update_atoms(self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected) -> Tensor:
         """Return the atom features after t convolutions, projected for all who read those."""
@@ -352,10 +351,9 @@ class CHGNet(nn.Module):
             bonds = bonds.biased(self.bond_convs[t - 1].out.bias)
         readers = self._readers_of_bonds(t)
         ends = Ends(graph.bond_short, graph.short_by_bond.segment, len(readers))
-        readers.append(conv_bond := self.atom_convs[t].bond)
+        readers.append(self.atom_convs[t].bond)
         short_BD, tables = project(bonds.short_BD, sent, [(reader.weight, None) for reader in readers], ends)
         projected.update(zip(readers, tables, strict=True))
-        projected[conv_bond] = bonds.with_long(projected[conv_bond], conv_bond.weight, bonds.conv_weights[t])
         return bonds._replace(short_BD=short_BD)
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:

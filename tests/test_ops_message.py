@@ -13,7 +13,7 @@ from fastchgnet.graph import Index
 from fastchgnet.ops import _message_torch, message
 from fastchgnet.ops._register import feature_derivatives
 from fastchgnet.ops.cpu import native
-from fastchgnet.ops.message import MLP, Rows, messages, reference
+from fastchgnet.ops.message import MLP, Rows, Tables, messages, reference
 
 D = 4
 KINDS = ["atom", "bond", "angle", "atom without norm", "shared norm"]
@@ -24,8 +24,10 @@ def index(segment: Tensor, n: int, is_sorted: bool) -> Index:
     return Index(segment, start, None if is_sorted else segment.argsort(stable=True))
 
 
-def arguments(kind: str, n_rows: int = 11, dtype: torch.dtype = torch.float64, width: int = D) -> tuple:
-    """Return (tables, weight, rows, mlp, index) of a kind of message."""
+def arguments(
+    kind: str, n_rows: int = 11, dtype: torch.dtype = torch.float64, width: int = D, n_r: int = 1
+) -> tuple:
+    """Return (tables, weight, rows, mlp, index) of a kind of message; atoms' last table is cut at n_r."""
     torch.manual_seed(0)
     n = (5, 3, 4)
     random = lambda *shape: torch.randn(*shape, dtype=dtype).requires_grad_()  # noqa: E731
@@ -40,7 +42,9 @@ def arguments(kind: str, n_rows: int = 11, dtype: torch.dtype = torch.float64, w
         random(n_norms, width) if n_norms else None,
         random(n_norms, width) if n_norms else None,
     )
-    tables = tuple(random(k, 2 * width) for k in n)
+    tables = Tables(random(n[0], 2 * width), random(n[1], 2 * width), random(n[2], 2 * width))
+    if kind.startswith("atom"):
+        tables = tables._replace(k=random(n_r, 2 * width), k_tail=random(n[2] - n_r, 2 * width))
     return (
         tables,
         random(n[2], width) if weighted else None,
@@ -73,7 +77,7 @@ def flat(given: tuple) -> list[Any]:
 
 def differentiable(inputs: list[Any]) -> list[Any]:
     """Ask for derivatives by what the op can be derived by."""
-    return [t if n > 5 or t is None else t.detach().requires_grad_() for n, t in enumerate(inputs)]
+    return [t if n > 6 or t is None else t.detach().requires_grad_() for n, t in enumerate(inputs)]
 
 
 def detached(inputs: list[Any]) -> list[Any]:
@@ -125,10 +129,38 @@ def test_second_derivatives_are_those_of_the_reference(kind: str, n_rows: int, m
     torch.testing.assert_close(second(messages(*given)), second(reference(*given)), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("n_r", [0, 4])
+def test_half_of_the_last_table_may_be_empty(n_r: int) -> None:
+    found = []
+    for call in (messages, reference):
+        given = arguments("atom", n_r=n_r)
+        features = features_of(given)
+        output = call(*given)
+        with feature_derivatives():
+            first = torch.autograd.grad(output.square().sum(), features, create_graph=True)
+        second = torch.autograd.grad(sum(f.square().sum() for f in first), leaves_of(given))
+        found.append([output, *first, *second])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("unused", [2, 3])
+def test_cotangents_of_half_of_the_last_table_may_be_missing(unused: int) -> None:
+    given = arguments("atom")
+    features, leaves = features_of(given), leaves_of(given)
+
+    def second(output: Tensor) -> tuple[Tensor, ...]:
+        with feature_derivatives():
+            first = torch.autograd.grad(output.square().sum(), features, create_graph=True)
+        loss = sum(f.square().sum() for k, f in enumerate(first) if k != unused)
+        return torch.autograd.grad(loss, leaves)
+
+    torch.testing.assert_close(second(messages(*given)), second(reference(*given)), rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str) -> None:
     inputs = differentiable(flat(arguments(kind, 5, width=2)))
-    places = [n for n, t in enumerate(inputs[:6]) if t is not None]
+    places = [n for n, t in enumerate(inputs[:7]) if t is not None]
     leaves = [inputs[n] for n in places]
 
     def call(*values: Tensor) -> Tensor:
@@ -136,7 +168,7 @@ def test_gradcheck(kind: str) -> None:
         return message._family(*(supplied.get(n, t) for n, t in enumerate(inputs)))
 
     assert torch.autograd.gradcheck(call, leaves)
-    n_features = len(leaves) - (5 in places)
+    n_features = len(leaves) - (6 in places)
 
     def first(grad: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         with feature_derivatives():
@@ -153,7 +185,7 @@ def test_the_library_accepts_all_three_ops(kind: str) -> None:
 
 def test_what_does_not_exist_raises() -> None:
     given = arguments("atom")
-    p, weight = given[0][0], given[3].weight
+    p, weight = given[0].i, given[3].weight
     (by_weight,) = torch.autograd.grad(messages(*given).square().sum(), weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="gradient of a parameter has no derivative"):
         by_weight.sum().backward()
@@ -170,10 +202,19 @@ def test_what_does_not_exist_raises() -> None:
 def test_compiled_bodies_equal_those_in_pytorch(
     kind: str, n_threads: int, n_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(native, "n_threads", lambda _: n_threads)
+    assert_compiled_is_pytorch(arguments(kind, n_rows, torch.float32, width=16))
+
+
+@pytest.mark.parametrize(("n_r", "unused"), [(0, None), (4, None), (1, 2), (1, 3)])
+def test_compiled_bodies_take_halves_of_the_last_table(n_r: int, unused: int | None) -> None:
+    assert_compiled_is_pytorch(arguments("atom", 37, torch.float32, 16, n_r), unused)
+
+
+def assert_compiled_is_pytorch(given: tuple, unused: int | None = None) -> None:
+    """Compare all levels, with cotangents of all features' gradients but one."""
     if native.library() is None:
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(native, "n_threads", lambda _: n_threads)
-    given = arguments(kind, n_rows, torch.float32, width=16)
     leaves, features = leaves_of(given), features_of(given)
 
     def levels() -> list[Tensor]:
@@ -182,7 +223,7 @@ def test_compiled_bodies_equal_those_in_pytorch(
         grad = torch.randn_like(output).requires_grad_()
         with feature_derivatives():
             first = torch.autograd.grad(output, features, grad, create_graph=True)
-        loss = sum((f * torch.randn_like(f)).sum() for f in first)
+        loss = sum((f * torch.randn_like(f)).sum() for k, f in enumerate(first) if k != unused)
         second = torch.autograd.grad(loss, [grad, *leaves], retain_graph=True)
         return [output, *first, *second, *torch.autograd.grad(output, leaves, grad)]
 

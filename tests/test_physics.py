@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import molecule
 from crystals import CONSERVATIVE, OLD, PAIR, PAPER, SMOOTH, benzene, crystals, potential, run
 from scipy.spatial.transform import Rotation
 
@@ -218,6 +221,37 @@ def test_atoms_without_neighbours_or_angles(config: ModelConfig) -> None:
         together = split(run(model, lone, pair, crystals()[0]), [lone, pair, crystals()[0]])
     torch.testing.assert_close(together[0].energy, alone.energy[0], **EXACT)
     torch.testing.assert_close(together[1].energy, run(model, pair).energy[0], **EXACT)
+
+
+EMPTY = {
+    "no bonds": Atoms("Cs", cell=[20, 20, 20], pbc=True),
+    "no short bonds": Atoms("NaCl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[4.2] * 3, pbc=True),
+    "no long bonds": molecule("H2O"),
+    "no angles": molecule("N2"),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize("what", EMPTY)
+@pytest.mark.parametrize("config", [CONSERVATIVE, PAIR, OLD], ids=["conservative", "pair", "0.2.0-like"])
+def test_gradients_of_what_lacks_something_add_up(
+    config: ModelConfig, what: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    model, other = potential(config, dtype).train(), crystals()[0]
+
+    def gradient(*atoms: Atoms) -> torch.Tensor:
+        output = run(model, *atoms)
+        loss = output.energy.sum() + output.forces.square().sum() + output.magmoms.square().sum()
+        found = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        return torch.cat([t.flatten() for t in found])
+
+    no_neighbour = pytest.warns(UserWarning, match="no neighbour") if what == "no bonds" else nullcontext()
+    with no_neighbour:
+        alone, together = gradient(EMPTY[what]), gradient(EMPTY[what], other)
+    assert alone.any()
+    torch.testing.assert_close(
+        together, alone + gradient(other), rtol=0, atol=tolerance * float(together.abs().max())
+    )
 
 
 def test_evaluation_is_detached_and_training_is_not() -> None:

@@ -68,16 +68,16 @@ def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -
     compiler = Compiler()
     for kind in kinds:
         inputs = detached(flat(arguments(kind, 130, torch.float32, 64)))
-        grad = torch.zeros(5 if inputs[3] is not None else 130, 64)
+        grad = torch.zeros(5 if inputs[4] is not None else 130, 64)
         for precision in precisions:
             for compiler.capability in capabilities:
                 compiler.case = {"kind": kind, "precision": precision}
                 with runtime.precision(precision):
                     gpu_message.forward(*inputs)
                     for with_parameters in (False, True):
-                        gpu_message.backward([None] * 6, with_parameters, grad, *inputs)
-                    gpu_message.backward(inputs[:6], True, grad, *inputs)
-                    message_second.backward_backward(tuple(inputs[:5]), grad, *inputs)
+                        gpu_message.backward([None] * 7, with_parameters, grad, *inputs)
+                    gpu_message.backward(inputs[:7], True, grad, *inputs)
+                    message_second.backward_backward(tuple(inputs[:6]), grad, *inputs)
                 for width in (1, 3, 9):
                     rows = torch.zeros(130, width, dtype=torch.float64)
                     gpu_segments.segment_sum(rows, *inputs[11:14])

@@ -22,7 +22,7 @@ from fastchgnet.ops.gpu.message_second import backward_backward
 WIDTH = 16
 BODIES = (gpu_message.forward, gpu_message.backward, backward_backward)
 PYTORCH = (_message_torch.forward, adding(_message_torch.backward), _message_torch.backward_backward)
-NOTHING = (None,) * 6
+NOTHING = (None,) * 7
 
 # Relative to the largest element, against float64: norms divide by the spread of sixteen numbers, and the
 # interpreter errs by up to 6e-7. The matrix units' three products err a little more.
@@ -30,8 +30,12 @@ FP32 = 1e-5
 # Ten bits of a factor instead of 23 are 5e-4, and up to 3e-3 at the end.
 TF32 = 8e-3
 
-ALL = (True,) * 5
-SOME = ((False, True, True, True, True), (True, True, True, False, True), (True, False, False, True, False))
+ALL = (True,) * 6
+SOME = (
+    (False, True, True, False, True, True),
+    (True, True, False, True, False, True),
+    (True, False, False, False, True, False),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,12 +67,12 @@ def on_device(inputs: list[Any]) -> list[Any]:
 def one_segment(inputs: list[Any]) -> list[Any]:
     """Put all rows into the second segment of every table."""
     m = Inputs(*inputs)
-    sizes, found = (len(m.p), len(m.q), len(m.r)), []
+    sizes, found = (len(m.p), len(m.q), len(m.k_start) - 1), []
     for n, has_order in zip(sizes, (False, True, True), strict=True):
         segment = torch.ones(len(m.i), dtype=torch.long)
         made = index(segment, n, is_sorted=not has_order)
         found += [made.segment, made.start, made.order] if has_order else [made.segment, made.start]
-    return [*inputs[:8], *(t.to(DEVICE) for t in found)]
+    return [*inputs[:9], *(t.to(DEVICE) for t in found)]
 
 
 def sparse(inputs: list[Any]) -> list[Any]:
@@ -89,7 +93,7 @@ def drawn(inputs: list[Any], given: tuple[bool, ...]) -> tuple[Tensor, tuple[Ten
     torch.manual_seed(1)
     n = len(m.i) if m.w is None else len(m.p)
     grad = torch.randn(m.p.shape[1] // 2, n, device=DEVICE).t()
-    shapes = [t.shape if t is not None and has else None for t, has in zip(inputs[:5], given, strict=True)]
+    shapes = [t.shape if t is not None and has else None for t, has in zip(inputs[:6], given, strict=True)]
     return grad, tuple(None if s is None else torch.randn(*s[::-1], device=DEVICE).t() for s in shapes)
 
 
@@ -97,7 +101,7 @@ def levels(bodies: tuple, inputs: Any, grad: Tensor, cotangents: Any) -> list[Te
     forward, backward, second = bodies
     m = Inputs(*inputs)
     *first, by_parameters = backward(NOTHING, True, grad, *inputs)
-    before = [None if t is None else t.cos() for t in inputs[:6]]
+    before = [None if t is None else t.cos() for t in inputs[:7]]
     *added, by_parameters_added = backward(before, True, grad, *inputs)
     *twice, by_parameters_twice = second(cotangents, grad, *inputs)
     parameters = (by_parameters, by_parameters_added, by_parameters_twice)
@@ -138,22 +142,28 @@ def test_parameters_may_be_left_out(kind: str) -> None:
             gpu_message.backward(NOTHING, with_them, grad, *inputs) for with_them in (False, True)
         )
     # other code, and sums in another order
-    assert found[5] is None
-    torch.testing.assert_close(found[:5], whole[:5], rtol=1e-5, atol=1e-5)
+    assert found[6] is None
+    torch.testing.assert_close(found[:6], whole[:6], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("given", SOME)
-@pytest.mark.parametrize("kind", ["bond", "angle"])
+@pytest.mark.parametrize("kind", ["atom", "bond", "angle"])
 def test_cotangents_may_be_missing(kind: str, given: tuple[bool, ...]) -> None:
     with runtime.precision("fp32"):
         assert_equal(inputs_of(kind, 65), FP32, given)
 
 
 @pytest.mark.parametrize("layout", [one_segment, sparse])
-@pytest.mark.parametrize("kind", ["bond", "angle"])
+@pytest.mark.parametrize("kind", ["atom", "bond", "angle"])
 def test_uneven_segments(kind: str, layout: Any) -> None:
     with runtime.precision("fp32"):
         assert_equal(layout(inputs_of(kind, 65)), FP32)
+
+
+@pytest.mark.parametrize("n_r", [0, 4])
+def test_half_of_the_last_table_may_be_empty(n_r: int) -> None:
+    with runtime.precision("fp32"):
+        assert_equal(on_device(flat(arguments("atom", 65, torch.float32, WIDTH, n_r))), FP32)
 
 
 def test_an_index_whose_transpose_lists_rows_twice_or_never() -> None:
@@ -177,7 +187,7 @@ def test_tf32_rounds_factors_alone(kind: str) -> None:
 
 def test_features_that_messages_are_added_to_stay_as_they_are() -> None:
     inputs = inputs_of("angle", 33)
-    Inputs(*inputs).unpacked(inputs[5]).angle.zero_()  # no product is left
+    Inputs(*inputs).unpacked(inputs[6]).angle.zero_()  # no product is left
     grad, cotangents = drawn(inputs, ALL)
     found = {}
     for name in ("tf32", "fp32"):
@@ -187,9 +197,9 @@ def test_features_that_messages_are_added_to_stay_as_they_are() -> None:
                 BODIES[1](NOTHING, False, grad, *inputs),
                 BODIES[2](cotangents, grad, *inputs),
             )
-            found[name] = [y, *first, *second[:6]]
+            found[name] = [y, *first, *second[:7]]
     torch.testing.assert_close(found["tf32"], found["fp32"], rtol=0, atol=0)
-    torch.testing.assert_close(found["fp32"][5], grad, rtol=0, atol=0)
+    torch.testing.assert_close(found["fp32"][6], grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["atom", "bond", "atom without norm", "shared norm"])
@@ -202,20 +212,21 @@ def test_rows_without_weight_contribute_exactly_nothing(kind: str) -> None:
     i = (inputs.i.cpu() % 2 + filler).sort().values
     j = torch.where(filler == 0, inputs.j.cpu() % 2, 2)
     k = inputs.k.cpu() % 2 + filler
-    tables = ((i, inputs.p, True), (j, inputs.q, False), (k, inputs.r, False))
-    made = [index(segment, len(table), is_sorted) for segment, table, is_sorted in tables]
+    segments = ((i, len(inputs.p), True), (j, len(inputs.q), False), (k, len(w), False))
+    made = [index(*one) for one in segments]
     parts = [part.to(DEVICE) for one in made for part in one if part is not None]
-    padded = Inputs(*inputs._replace(w=w)[:8], *parts)
-    grad, cotangents = drawn([*padded], (True, True, True, False, True))
+    padded = Inputs(*inputs._replace(w=w)[:9], *parts)
+    grad, cotangents = drawn([*padded], (True, True, True, True, False, True))
     outputs = (
         BODIES[0](*padded),
         *BODIES[1](NOTHING, True, grad, *padded),
         *BODIES[2](cotangents, grad, *padded),
     )
-    y, gradients, second = outputs[0], outputs[1:7], outputs[7:]
+    y, gradients, second = outputs[0], outputs[1:8], outputs[8:]
     assert not y[2:].any() and y[:2].all()
-    for by_table in (*gradients[:3], *second[1:4]):
-        assert not by_table[2:].any() and by_table[:2].any()
+    for by_p, by_q, *by_r in (gradients[:4], second[1:5]):
+        for by_table in (by_p, by_q, torch.cat([half for half in by_r if half is not None])):
+            assert not by_table[2:].any() and by_table[:2].any()
     assert not second[0][2:].any()
     for t in outputs:
         assert t is None or t.isfinite().all()
@@ -223,7 +234,7 @@ def test_rows_without_weight_contribute_exactly_nothing(kind: str) -> None:
     changed = padded._replace(p=torch.cat([padded.p[:2], padded.p[2:] + 1]))
     again = BODIES[1](NOTHING, True, grad, *changed)
     # the gradient of a weight of zero is the message, which does change
-    torch.testing.assert_close([*again[:3], *again[4:]], [*gradients[:3], *gradients[4:]], rtol=0, atol=0)
+    torch.testing.assert_close([*again[:4], *again[5:]], [*gradients[:4], *gradients[5:]], rtol=0, atol=0)
 
 
 def test_the_product_s_width() -> None:
@@ -234,7 +245,8 @@ def test_the_product_s_width() -> None:
 def test_other_widths_are_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "launch", None)
     given = detached(flat(arguments("bond", 11, torch.float32, 4)))
-    grad, cotangents = torch.randn(5, 4), tuple(torch.randn_like(t) for t in given[:5])
+    grad = torch.randn(5, 4)
+    cotangents = tuple(None if t is None else torch.randn_like(t) for t in given[:6])
     found, expected = (levels(bodies, given, grad, cotangents) for bodies in (BODIES, PYTORCH))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 

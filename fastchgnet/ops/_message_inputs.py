@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastchgnet.ops.packing import packed
@@ -28,11 +29,12 @@ class MLP(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the op takes, in order: five features, the parameters, the index; Any is a Tensor or None."""
+    """What the op takes, in order: six features, the parameters, the index; Any is a Tensor or None."""
 
     p: Tensor  # [n_i, 2D]
     q: Tensor  # [n_j, 2D]
-    r: Tensor  # [n_k, 2D]
+    r: Tensor  # [n_r, 2D] of the first segments of k
+    r_tail: Any  # [n_k - n_r, 2D] of the others
     w: Any  # [n_k, D]
     a: Any  # [N, D]
     parameters: Any  # [any number] what `MLP.packed` makes
@@ -51,6 +53,15 @@ class Inputs(NamedTuple):
     def width(self) -> int:
         """D."""
         return self.p.shape[1] // 2
+
+    def halves(self, u_r: Tensor | None, u_tail: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return a direction of r and r_tail: both or none, zeros for one that is missing."""
+        if self.r_tail is None or (u_r is None and u_tail is None):
+            return u_r, None
+        return (
+            torch.zeros_like(self.r) if u_r is None else u_r,
+            torch.zeros_like(self.r_tail) if u_tail is None else u_tail,
+        )
 
     def unpacked(self, packed: Tensor | None) -> MLP:
         """Return views of the parameters, or of their gradients, that are one behind the other."""

@@ -76,6 +76,11 @@ def _linear_backward(x_2ND: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def _whole(r: Any, r_tail: Any) -> Any:
+    """Put the halves of R, or of a direction of it, behind each other."""
+    return r if r_tail is None else torch.cat([r, r_tail])
+
+
 class _Gate:
     """The gated MLP of a piece as far as the messages, and derivatives of what lies in between."""
 
@@ -158,9 +163,10 @@ class _Sums:
 def forward(*inputs: Any) -> Tensor:
     m = Inputs(*inputs)
     mlp = m.unpacked(m.parameters)
+    tables = (m.p, m.q, _whole(m.r, m.r_tail))
     out = m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.width)
     for rows, segments in _pieces(m):
-        message = _Gate(_gathered((m.p, m.q, m.r), m.a, m, mlp.angle, rows), mlp).message()
+        message = _Gate(_gathered(tables, m.a, m, mlp.angle, rows), mlp).message()
         if m.w is None:
             out[rows] = message if m.a is None else message.add_(m.a[rows])
         else:
@@ -212,15 +218,20 @@ class _Gradients:
         m = self.m
         q = sum_rows(self.h, m.j_start, m.j_order)
         r = sum_rows(self.h, m.k_start, m.k_order)
-        return [self.p, q, r, None if self.w is None else sum_rows(self.w, m.k_start, m.k_order), self.a]
+        halves: Any = (r, None)
+        if m.r_tail is not None:
+            halves = [half.clone() for half in r.split([len(m.r), len(m.r_tail)])]
+        w = None if self.w is None else sum_rows(self.w, m.k_start, m.k_order)
+        return [self.p, q, *halves, w, self.a]
 
 
 def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> list[Tensor | None]:
     m = Inputs(*inputs)
     mlp = m.unpacked(m.parameters)
+    tables = (m.p, m.q, _whole(m.r, m.r_tail))
     found, sums = _Gradients(m, mlp), _Sums(m)
     for piece in _pieces(m):
-        gate = _Gate(_gathered((m.p, m.q, m.r), m.a, m, mlp.angle, piece.rows), mlp)
+        gate = _Gate(_gathered(tables, m.a, m, mlp.angle, piece.rows), mlp)
         g, _, dm = _weighted(grad, m, piece.rows)
         dw = None if m.w is None else g * gate.message()
         dn = torch.stack(gate.slopes()).mul_(dm)
@@ -258,14 +269,15 @@ def backward_backward(
     cotangents: tuple[Tensor | None, ...], grad: Tensor, *inputs: Any
 ) -> list[Tensor | None]:
     m = Inputs(*inputs)
-    u_p, u_q, u_r, u_w, u_a = cotangents
+    u_p, u_q, u_r, u_tail, u_w, u_a = cotangents
     mlp = m.unpacked(m.parameters)
+    tables, directions = (m.p, m.q, _whole(m.r, m.r_tail)), (u_p, u_q, _whole(*m.halves(u_r, u_tail)))
     found, sums = _Gradients(m, mlp), _Sums(m)
     by_grad = torch.empty_like(grad)
     for piece in _pieces(m):
         rows = piece.rows
-        gate = _Gate(_gathered((m.p, m.q, m.r), m.a, m, mlp.angle, rows), mlp)
-        u_h = _gathered((u_p, u_q, u_r), u_a, m, mlp.angle, rows)
+        gate = _Gate(_gathered(tables, m.a, m, mlp.angle, rows), mlp)
+        u_h = _gathered(directions, u_a, m, mlp.angle, rows)
         u_h = torch.zeros_like(gate.h) if u_h is None else u_h
         second = _second(m, gate, (u_h, u_w), grad, rows, sums)
         if m.w is None:

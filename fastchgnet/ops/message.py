@@ -2,7 +2,7 @@
 
 Rows are edges or angles. Row n belongs to the segments i, j and k of three tables of projections, and
 
-    h = P_i + Q_j + R_k  (+ A a_n)           [2D], core and gate side by side
+    h = P_i + Q_j + R_k  (+ A a_n)           [2D], core and gate side by side; R may come in two halves
     z = W SiLU(h) + b                        block by block; z = h where there is no hidden layer
     n = g * (z - mean z) / std z + c         LayerNorm, block by block; n = z where there is no norm
     m = SiLU(n_core) * sigmoid(n_gate)       [D]
@@ -10,7 +10,8 @@ Rows are edges or angles. Row n belongs to the segments i, j and k of three tabl
 
 Rows are sorted by i. AtomConv: i centre, j neighbour, k bond; BondConv: i and k the short edges of an
 angle, j its centre, a the angle's features; AngleUpdate: the same without hidden layer, weights and sum, and
-added to a.
+added to a. Bonds are projected in two ways, the short ones and the long ones: R is two tables, one for the
+first segments and one for the others, and what is said below of R is true of either.
 
 VJP, with a gradient G of y gathered by i (S is SiLU, s the sigmoid):
 
@@ -54,8 +55,14 @@ from fastchgnet.ops._register import Family, adding
 from fastchgnet.ops.cpu import message as cpu_message
 from fastchgnet.ops.gpu import runtime
 
-Tables = tuple[Tensor, Tensor, Tensor]
-"""Projections that rows gather: [n_i, 2D], [n_j, 2D] and [n_k, 2D], core and gate side by side."""
+
+class Tables(NamedTuple):
+    """Projections that rows gather, core and gate side by side."""
+
+    i: Tensor  # [n_i, 2D]
+    j: Tensor  # [n_j, 2D]
+    k: Tensor  # [n_k, 2D], or fewer rows: of the first segments
+    k_tail: Tensor | None = None  # of the other segments
 
 
 class Rows(NamedTuple):
@@ -70,7 +77,7 @@ def messages(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp:
     """Gated messages of every row, summed over i where they have weights, else added to the rows' features.
 
     Args:
-        tables: projections [n_i, 2D], [n_j, 2D], [n_k, 2D].
+        tables: projections.
         weight: [n_k, D] of the messages, or None.
         rows_ND: [N, D] features of the rows themselves, or None.
         mlp: parameters.
@@ -100,7 +107,8 @@ def messages(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp:
 
 def reference(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp: MLP, rows: Rows) -> Tensor:
     """Compute the op in plain PyTorch, differentiable to any order."""
-    h = tables[0][rows.i.segment] + tables[1][rows.j.segment] + tables[2][rows.k.segment]
+    table_k = tables.k if tables.k_tail is None else torch.cat([tables.k, tables.k_tail])
+    h = tables.i[rows.i.segment] + tables.j[rows.j.segment] + table_k[rows.k.segment]
     if rows_ND is not None:
         h = h + F.linear(rows_ND, mlp.angle)
     z = h.view(len(h), 2, h.shape[1] // 2)
@@ -117,7 +125,7 @@ def reference(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp
 
 _family = Family(
     "messages",
-    features=["Tensor p", "Tensor q", "Tensor r", "Tensor? w", "Tensor? a"],
+    features=["Tensor p", "Tensor q", "Tensor r", "Tensor? r_tail", "Tensor? w", "Tensor? a"],
     parameters=["Tensor? parameters"],
     constants=[
         "bool has_hidden",

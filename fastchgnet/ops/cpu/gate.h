@@ -11,16 +11,16 @@ constexpr float EPS = 1e-5f;
 // What fastchgnet.ops.cpu.message gives: the tensors of fastchgnet.ops._message_inputs.Inputs, the directions of
 // derivatives, and numbers. What is missing is null.
 struct Given {
-    const float *p, *q, *r, *w, *a, *parameters;
+    const float *p, *q, *r, *r_tail, *w, *a, *parameters;
     const int64_t *i, *i_start, *j, *j_start, *j_order, *k, *k_start, *k_order;
-    const float *grad, *u_p, *u_q, *u_r, *u_w, *u_a;
+    const float *grad, *u_p, *u_q, *u_r, *u_tail, *u_w, *u_a;
     int64_t has_hidden, n_norms;
-    int64_t n_i, n_j, n_k, n_threads, has_w, has_a;  // even tensors without elements may be null
+    int64_t n_i, n_j, n_r, n_k, n_threads, has_w, has_a;  // even tensors without elements may be null
 };
 
 struct Outputs {
     float* y;                           // the messages or their sums; for the second derivative the gradient of G
-    float *p, *q, *r, *w, *a;           // gradients of the features
+    float *p, *q, *r, *r_tail, *w, *a;  // gradients of the features
     float *h, *w_rows;                  // gradients by rows, [N, 2D] and [N, D]
     float* parameters;                  // null where not asked for
 };
@@ -79,18 +79,21 @@ class Gate {
         for (int n = 0; n < rows * width; n += LANES) f(n);
     }
 
-    void gather(float* h, const float* p, const float* q, const float* r_, const float* a) {
+    void gather(float* h, const float* p, const float* q, const float* head, const float* tail, const float* a) {
         for (int r = 0; r < rows; r++) {
-            const int64_t row = first + r;
+            const int64_t row = first + r, k = in.k[row];
+            const float* third = k < in.n_r ? row_of(head, k) : row_of(tail, k - in.n_r);
             for (int n = 0; n < D2; n += LANES) {
                 Vec v = p ? load(p + in.i[row] * D2 + n) : Vec{};
                 if (q) v += load(q + in.j[row] * D2 + n);
-                if (r_) v += load(r_ + in.k[row] * D2 + n);
+                if (third) v += load(third + n);
                 store(h + r * D2 + n, v);
             }
         }
         if (a) multiply(rows, D2, D, a + first * D, D, t.angle_t, D2, h, D2, Start::add);
     }
+
+    static const float* row_of(const float* table, int64_t row) { return table ? table + row * D2 : nullptr; }
 
     void linear(const float* s, float* z, const float* bias) {
         for (int b = 0; b < 2; b++)
@@ -104,7 +107,7 @@ class Gate {
     }
 
     void messages() {
-        gather(t.h, in.p, in.q, in.r, in.a);
+        gather(t.h, in.p, in.q, in.r, in.r_tail, in.a);
         float* z = t.h;
         if (in.weight) {
             over(D2, [&](int n) {

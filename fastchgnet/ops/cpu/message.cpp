@@ -70,7 +70,7 @@ class Worker : Gate<D> {
     void second() {
         messages();
         slopes();
-        gather(t.u, in.u_p, in.u_q, in.u_r, in.u_a);
+        gather(t.u, in.u_p, in.u_q, in.u_r, in.u_tail, in.u_a);
         const float* zdot = t.u;
         if (in.weight) {
             over(D2, [&](int n) { store(t.sdot + n, silu_slope(n) * load(t.u + n)); });
@@ -295,7 +295,8 @@ static void dispatch(int level, const Inputs& in, const Outputs& out) {
     if (level == 2) in_threads<D>(in, out, [](Worker<D>& worker) { worker.second(); });
     if (level == 0) return;
     std::vector<Sum> wanted{{out.h, in.j_order, in.j_start, in.n_j, 2 * D, out.q},
-                            {out.h, in.k_order, in.k_start, in.n_k, 2 * D, out.r}};
+                            {out.h, in.k_order, in.k_start, in.n_r, 2 * D, out.r},
+                            {out.h, in.k_order, in.k_start + in.n_r, in.n_k - in.n_r, 2 * D, out.r_tail}};
     if (in.has_w) wanted.push_back({out.w_rows, in.k_order, in.k_start, in.n_k, D, out.w});
     add_up(wanted, in.n_threads);
 }

@@ -13,7 +13,7 @@ from fastchgnet.ops._message_inputs import Inputs
 from fastchgnet.ops.cpu import native
 
 _WIDTHS = (16, 64)
-_N_DIRECTIONS = 6  # of the struct Given: grad, u_p, u_q, u_r, u_w, u_a
+_N_DIRECTIONS = 7  # of the struct Given: grad, u_p, u_q, u_r, u_tail, u_w, u_a
 
 
 def _library(m: Inputs) -> ctypes.CDLL | None:
@@ -29,7 +29,7 @@ def forward(*inputs: Any) -> Tensor:
     if library is None:
         return _message_torch.forward(*inputs)
     y = m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.width)
-    _call(library, 0, m, (), [y, *[None] * 8])
+    _call(library, 0, m, (), [y, *[None] * 9])
     return y
 
 
@@ -57,7 +57,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Make and fill gradients of the features and, if asked, of the parameters."""
     n = len(m.i)
-    found = [None if t is None else m.p.new_empty(t.shape) for t in m[:5]]
+    found = [None if t is None else m.p.new_empty(t.shape) for t in m[:6]]
     rows = [m.p.new_empty(n, 2 * m.width), None if m.w is None else m.p.new_empty(n, m.width)]
     by_parameters = None
     if with_parameters and m.parameters is not None:
@@ -69,9 +69,10 @@ def _gradients(
 def _call(library: ctypes.CDLL, level: int, m: Inputs, directions: tuple[Any, ...], outputs: list) -> None:
     missing = [None] * (_N_DIRECTIONS - len(directions))
     # contiguous copies must outlive the call
-    given = [None if t is None else t.contiguous() for t in (*m[:6], *m[8:], *directions, *missing)]
-    lengths = (m.p.shape[0], m.q.shape[0], m.r.shape[0], native.n_threads(m.i.shape[0]))
-    numbers = (m.has_hidden, m.n_norms, *lengths, m.w is not None, m.a is not None)
+    given = [None if t is None else t.contiguous() for t in (*m[:7], *m[9:], *directions, *missing)]
+    segments = (m.p.shape[0], m.q.shape[0], m.r.shape[0], m.k_start.shape[0] - 1)
+    n_threads = native.n_threads(m.i.shape[0])
+    numbers = (m.has_hidden, m.n_norms, *segments, n_threads, m.w is not None, m.a is not None)
     status = library.messages(
         level, ctypes.c_int64(m.width), native.block(given, numbers), native.block(outputs)
     )

@@ -61,6 +61,7 @@ class Rows(NamedTuple):
     p: Any
     q: Any
     r: Any
+    r_tail: Any
     w: Any
     a: Any
     angle_weight: Any
@@ -84,11 +85,12 @@ class Gradients(NamedTuple):
     parameters: Any  # [programs, number of parameters]
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_r"])
 def _forward_kernel(
     m,
     out,
     n_rows,
+    n_r,
     N_NORMS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -96,8 +98,8 @@ def _forward_kernel(
 ):
     rows_core, rows_gate, hidden_core, hidden_gate = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
-        index, live = segments(m, tile, n_rows, BLOCK)
-        tables = (m.p, m.q, m.r)
+        index, live = segments(m, tile, n_rows, n_r, BLOCK)
+        tables = (m.p, m.q, m.r, m.r_tail)
         a_ND = factor(read(m.a, index[3], live, D, D), PRECISION) if m.a is not None else None
         h = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
         x, _ = norm(norm_input(h, hidden_core, m, 0, D, PRECISION), m, D)
@@ -149,12 +151,13 @@ def _branch_backward(
     return dh, (angle, weight, bias, scale, shift)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_r"])
 def _backward_kernel(
     grad,
     m,
     found,
     n_rows,
+    n_r,
     N_PARAMETERS: tl.constexpr,
     N_NORMS: tl.constexpr,
     D: tl.constexpr,
@@ -165,8 +168,8 @@ def _backward_kernel(
     sums_core, sums_gate = no_sums(m, D), no_sums(m, D)
     rows_core, rows_gate, hidden_core, hidden_gate = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
-        index, live = segments(m, tile, n_rows, BLOCK)
-        tables = (m.p, m.q, m.r)
+        index, live = segments(m, tile, n_rows, n_r, BLOCK)
+        tables = (m.p, m.q, m.r, m.r_tail)
         a_ND = factor(read(m.a, index[3], live, D, D), PRECISION) if m.a is not None else None
         h_core = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
         h_gate = gathered(tables, a_ND, rows_gate, index, live, 1, D, PRECISION)
@@ -256,6 +259,7 @@ class Launch:
             self.m.p.device,
             *args,
             self.n_rows,
+            len(self.m.r),
             **constants,
             N_NORMS=self.m.n_norms,
             D=self.width,
@@ -268,29 +272,30 @@ class Launch:
     def kernel_inputs(self) -> Rows:
         """What kernels read."""
         m = self.m
-        return Rows(*m[:5], *m.unpacked(m.parameters), m.i, m.j, m.k)
+        return Rows(*m[:6], *m.unpacked(m.parameters), m.i, m.j, m.k)
 
-    def sums(self, found: Gradients, onto: Sequence[Any] = (None,) * 6) -> list[Tensor | None]:
+    def sums(self, found: Gradients, onto: Sequence[Any] = (None,) * 7) -> list[Tensor | None]:
         """Sum rows and shares: gradients of G, unless there is none, of features and parameters."""
-        m = self.m
-        by_i, by_k = (m.i_start, None), (m.k_start, m.k_order)
+        m, n_r = self.m, len(self.m.r)
         wanted = {
-            0: Terms(found.h, *by_i, onto[0]),
+            0: Terms(found.h, m.i_start, None, onto[0]),
             1: Terms(found.h, m.j_start, m.j_order, onto[1]),
-            2: Terms(found.h, *by_k, onto[2]),
+            2: Terms(found.h, m.k_start[: n_r + 1], m.k_order, onto[2]),
         }
-        n_shares = 0
+        if m.r_tail is not None:
+            wanted[3] = Terms(found.h, m.k_start[n_r:], m.k_order, onto[3])
         if m.w is not None:
-            wanted[3] = Terms(found.w, *by_k, onto[3])
+            wanted[4] = Terms(found.w, m.k_start, m.k_order, onto[4])
+        n_shares = 0
         if found.parameters is not None:
             n_shares = len(found.parameters)
-            wanted[5] = shares(found.parameters, self.width, onto[5])
+            wanted[6] = shares(found.parameters, self.width, onto[6])
         if found.tangent is not None and m.w is not None:
-            wanted[-1] = Terms(found.tangent, *by_i)
+            wanted[-1] = Terms(found.tangent, m.i_start, None)
         sums = dict(zip(wanted, sum_all(list(wanted.values()), n_shares), strict=True))
         by_grad = [] if found.tangent is None else [sums.get(-1, found.tangent)]
-        by_parameters = sums[5].flatten() if 5 in sums else None
-        return [*by_grad, sums[0], sums[1], sums[2], sums.get(3), found.a, by_parameters]
+        by_parameters = sums[6].flatten() if 6 in sums else None
+        return [*by_grad, *(sums.get(n) for n in range(5)), found.a, by_parameters]
 
 
 def fits(inputs: tuple[Any, ...]) -> bool:
@@ -315,7 +320,7 @@ def backward(
     if not fits(inputs):
         return pytorch_backward(onto, with_parameters, grad, *inputs)
     launch = Launch(inputs)
-    found = launch.gradients(BACKWARD, with_parameters, with_tangent=False, onto_a=onto[4])
+    found = launch.gradients(BACKWARD, with_parameters, with_tangent=False, onto_a=onto[5])
     launch.run(
         _backward_kernel,
         BACKWARD,

@@ -130,8 +130,8 @@ def _gathered_twice(
     m, cotangents, a_ND, u_a, rows_weight, at, BRANCH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Return h of core or gate and its tangent u_h."""
-    directions = (cotangents[0], cotangents[1], cotangents[2])
-    h = gathered((m.p, m.q, m.r), a_ND, rows_weight, at[0], at[1], BRANCH, D, PRECISION)
+    directions = (cotangents[0], cotangents[1], cotangents[2], cotangents[3])
+    h = gathered((m.p, m.q, m.r, m.r_tail), a_ND, rows_weight, at[0], at[1], BRANCH, D, PRECISION)
     return h, gathered(directions, u_a, rows_weight, at[0], at[1], BRANCH, D, PRECISION)
 
 
@@ -151,25 +151,26 @@ def _gate(m, cotangents, grad, found, core, gate, at, D: tl.constexpr):
         tangent *= w
     core_bar *= weighted
     gate_bar *= weighted
-    if cotangents[3] is not None:
-        u_w = read(cotangents[3], index[2], live, D, D)
+    if cotangents[4] is not None:
+        u_w = read(cotangents[4], index[2], live, D, D)
         tangent += u_w * message
         core_bar += by_core * g * u_w
         gate_bar += by_gate * g * u_w
-    if m.w is None and cotangents[4] is not None:
+    if m.w is None and cotangents[5] is not None:
         # read again: the factor is rounded
-        tangent += read(cotangents[4], row, live, D, D)
+        tangent += read(cotangents[5], row, live, D, D)
     write(found.tangent, row, live, tangent, D, D)
     return (core_bar, by_core * weighted), (gate_bar, by_gate * weighted)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_r"])
 def _second_kernel(
     cotangents,
     grad,
     m,
     found,
     n_rows,
+    n_r,
     N_PARAMETERS: tl.constexpr,
     N_NORMS: tl.constexpr,
     D: tl.constexpr,
@@ -179,10 +180,10 @@ def _second_kernel(
     sums_core, sums_gate = no_sums(m, D), no_sums(m, D)
     rows_core, rows_gate, hidden_core, hidden_gate = weights(m, D, PRECISION)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
-        at = segments(m, tile, n_rows, BLOCK)
+        at = segments(m, tile, n_rows, n_r, BLOCK)
         row, live = at[0][3], at[1]
         a_ND = factor(read(m.a, row, live, D, D), PRECISION) if m.a is not None else None
-        u_a = factor(read(cotangents[4], row, live, D, D), PRECISION) if cotangents[4] is not None else None
+        u_a = factor(read(cotangents[5], row, live, D, D), PRECISION) if cotangents[5] is not None else None
         # fmt: off
         h_core, u_core = _gathered_twice(m, cotangents, a_ND, u_a, rows_core, at, 0, D, PRECISION)
         core, state_core = _branch_up(h_core, u_core, hidden_core, m, 0, N_NORMS, D, PRECISION)
@@ -222,7 +223,9 @@ def backward_backward(
     of_bonds = launch.m.a is not None and launch.m.has_hidden
     tile = SECOND if runtime.current_precision() == "tf32" and not of_bonds else SECOND_OF_MANY
     found = launch.gradients(tile, with_parameters=True, with_tangent=True)
-    directions: tuple[Any, ...] = tuple(None if u is None else u.contiguous() for u in cotangents)
+    u_p, u_q, u_r, u_tail, u_w, u_a = cotangents
+    wanted = (u_p, u_q, *launch.m.halves(u_r, u_tail), u_w, u_a)
+    directions = tuple(None if u is None else u.contiguous() for u in wanted)
     launch.run(
         _second_kernel,
         tile,

@@ -16,14 +16,14 @@ EPSILON = tl.constexpr(EPS)
 
 
 @triton.jit
-def segments(m, tile, n_rows, BLOCK: tl.constexpr):
-    """Return the rows of a tile with their segments, and which of them exist."""
+def segments(m, tile, n_rows, n_r, BLOCK: tl.constexpr):
+    """Return the segments of a tile's rows, the rows, and n_r; and which of the rows exist."""
     row = tl.full([BLOCK], BLOCK, tl.int64) * tile + tl.arange(0, BLOCK)
     live = row < n_rows
     i = tl.load(m.i + row, mask=live, other=0)
     j = tl.load(m.j + row, mask=live, other=0)
     k = tl.load(m.k + row, mask=live, other=0)
-    return (i, j, k, row), live
+    return (i, j, k, row, n_r), live
 
 
 @triton.jit
@@ -62,14 +62,28 @@ def held(weight, D: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def read_third(head, tail, index, live, BRANCH: tl.constexpr, D: tl.constexpr):
+    """Read R_k of core or gate, of which the segments from n_r on may be in the tail."""
+    if tail is None:
+        return read(head + BRANCH * D, index[2], live, 2 * D, D)
+    else:
+        # one load whose rows are in either table, not two with half of their rows masked
+        in_tail = index[2] >= index[4]
+        row = tl.where(in_tail, index[2] - index[4], index[2])
+        return read(tl.where(in_tail, tail, head)[:, None] + BRANCH * D, row, live, 2 * D, D)
+
+
+@triton.jit
 def gathered(
     tables, a_ND, rows_weight, index, live, BRANCH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Return P_i + Q_j + R_k + A a of core or gate; any part may be missing."""
     total = zeros(live.shape[0], D)
-    for t in tl.static_range(3):
+    for t in tl.static_range(2):
         if tables[t] is not None:
             total += read(tables[t] + BRANCH * D, index[t], live, 2 * D, D)
+    if tables[2] is not None:
+        total += read_third(tables[2], tables[3], index, live, BRANCH, D)
     if a_ND is not None:
         total = dot(a_ND, tl.trans(held(rows_weight, D, PRECISION)), total, PRECISION)
     return total
