@@ -1,6 +1,6 @@
 """CHGNet, top to bottom: embeddings, four interaction blocks, readouts (Deng et al. 2023, Zhou et al. 2024).
 
-Legend: A atoms, U bonds, first B short and then L long ones, E directed edges, K short edges, T angles;
+Legend: A atoms, U bonds (B short, then L long ones), E directed edges, K short edges, T angles;
 D = 64 features, R radial and F angular basis functions.
 
 Three facts shape the code. A linear layer on a concatenation is a sum of linear layers, W[a;b;c] =
@@ -13,7 +13,6 @@ pairs beyond the cutoff contribute exactly zero.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +72,7 @@ class GatedMLP(nn.Module):
 
         Args:
             tables: projections of what the rows gather.
-            weight: [n, D] of the messages, gathered as the last table is.
+            weight: [n, D] of the messages, gathered as the last table.
             rows: what each row gathers and where it belongs.
             angle: features of the rows themselves, [N, D], and their projection.
         """
@@ -95,21 +94,16 @@ class BondFeatures(NamedTuple):
     short_BD: Tensor
     long_basis_LR: Tensor
     embedding_DR: Tensor
-    long_tables: Sequence[Tensor]  # projections of the long ones for each atom convolution, [L, 2D]
     has_angle_U1: Tensor | None  # one where the bond's system has an angle; only an output bias asks for it
     long_shift_1D: Tensor | None = None  # what output biases have added to long bonds that have_angle
 
     def project(self, weight: Tensor) -> Tensor:
         """Apply a weight [K, D] to the features of every bond, [U, K]."""
         long_LK = F.linear(self.long_basis_LR, weight @ self.embedding_DR)
-        return torch.cat([F.linear(self.short_BD, weight), self._shifted(long_LK, weight)])
+        return torch.cat([F.linear(self.short_BD, weight), self.shifted(long_LK, weight)])
 
-    def long_table(self, t: int, weight: Tensor) -> Tensor:
-        """Return the projections of the long bonds for an atom convolution with this weight, [L, 2D]."""
-        return self._shifted(self.long_tables[t], weight)
-
-    def _shifted(self, long_LK: Tensor, weight: Tensor) -> Tensor:
-        """Add to projections of the long bonds what output biases have added to the bonds."""
+    def shifted(self, long_LK: Tensor, weight: Tensor) -> Tensor:
+        """Add to projections of the long bonds, by a weight [K, D], what output biases have added to them."""
         if self.has_angle_U1 is None or self.long_shift_1D is None:
             return long_LK
         return long_LK + self.has_angle_U1[len(self.short_BD) :] * F.linear(self.long_shift_1D, weight)
@@ -122,8 +116,9 @@ class BondFeatures(NamedTuple):
         return self._replace(short_BD=short_BD, long_shift_1D=shift_1D)
 
 
-Projected = dict[nn.Linear, Tensor]
-"""What each projection has made of the features it reads; every one is read once, and then forgotten."""
+Projected = dict[nn.Module, Tensor]
+"""What each projection has made of the features it reads, and for each atom convolution what it reads of long
+bonds; every one is read once, and then forgotten."""
 
 
 class AtomConv(nn.Module):
@@ -137,10 +132,10 @@ class AtomConv(nn.Module):
         self.message = GatedMLP(config)
         self.out = nn.Linear(D, D, bias=config.output_bias)
 
-    def forward(self, projected: Projected, long_L2D: Tensor, weight_UD: Tensor, edges: Rows) -> Tensor:
+    def forward(self, projected: Projected, weight_UD: Tensor, edges: Rows) -> Tensor:
         """Return the sum in brackets, [A, D]."""
-        atoms = projected.pop(self.center), projected.pop(self.neighbor)
-        return self.message(Tables(*atoms, projected.pop(self.bond), long_L2D), weight_UD, edges)
+        tables = Tables(*(projected.pop(by) for by in (self.center, self.neighbor, self.bond, self)))
+        return self.message(tables, weight_UD, edges)
 
 
 class AngleProjections(nn.Module):
@@ -246,13 +241,12 @@ class CHGNet(nn.Module):
             bond_vector: [U, 3], A, in the network's dtype; what forces are derivatives by.
         """
         graph = Graph(batch)
-        projected: Projected = {}
         weights, bonds, angle_TD = self._embed(batch, bond_vector, graph)
+        projected = self._project_long(bonds.long_basis_LR)
         bonds = self._update_bonds(0, bonds, None, graph, projected)
         atom_AD = self._update_atoms(0, self.atom_embedding(batch.atomic_number - 1), None, projected)
         for t, conv in enumerate(self.atom_convs[:-1]):
-            long_L2D = bonds.long_table(t, conv.bond.weight)
-            sum_AD = conv(projected, long_L2D, weights.atom_UD, graph.edges)
+            sum_AD = conv(projected, weights.atom_UD, graph.edges)
             atom_AD = self._update_atoms(t + 1, atom_AD, sum_AD, projected)
             sum_KD = self.bond_convs[t](projected, angle_TD, weights.bond_KD, graph.angles)
             sent = Sent(sum_KD, weights.bond_BD, self.bond_convs[t].out.weight)
@@ -260,8 +254,7 @@ class CHGNet(nn.Module):
             if t < len(self.angle_updates):
                 angle_TD = self.angle_updates[t](projected, angle_TD, graph.angles)
         magmoms = self.magmom(atom_AD)[:, 0].abs()
-        long_L2D = bonds.long_table(-1, self.atom_convs[-1].bond.weight)
-        sum_AD = self.atom_convs[-1](projected, long_L2D, weights.atom_UD, graph.edges)
+        sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
         atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected)
         site_energy = readout(atom_AD, self.readout_norm, self.readout)
         return Features(site_energy, magmoms, atom_AD, bonds)
@@ -281,7 +274,6 @@ class CHGNet(nn.Module):
             short_BD=self.bond_embedding(short_basis_BR),
             long_basis_LR=long_basis_LR,
             embedding_DR=self.bond_embedding.weight,
-            long_tables=split_linear(long_basis_LR, self._long_weights()),
             has_angle_U1=self._bond_has_angle(batch) if self.config.output_bias else None,
         )
         return weights, bonds, angle_TD
@@ -327,9 +319,12 @@ class CHGNet(nn.Module):
         layers = (*_at(self.bond_convs, t), *_at(self.angle_updates, self._block(t)))
         return [part for layer in layers for part in (layer.first.bond_i, layer.first.bond_j)]
 
-    def _long_weights(self) -> Tensor:
-        """Return what atom convolutions multiply the basis of long bonds with, one behind the other."""
-        return packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D) @ self.bond_embedding.weight
+    def _project_long(self, basis_LR: Tensor) -> Projected:
+        """Return the long bonds, embedded and projected for every atom convolution."""
+        weight = packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D)
+        return dict(
+            zip(self.atom_convs, split_linear(basis_LR, weight @ self.bond_embedding.weight), strict=True)
+        )
 
     def _update_atoms(self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected) -> Tensor:
         """Return the atom features after t convolutions, projected for all who read those."""
@@ -351,9 +346,10 @@ class CHGNet(nn.Module):
             bonds = bonds.biased(self.bond_convs[t - 1].out.bias)
         readers = self._readers_of_bonds(t)
         ends = Ends(graph.bond_short, graph.short_by_bond.segment, len(readers))
-        readers.append(self.atom_convs[t].bond)
+        readers.append((conv := self.atom_convs[t]).bond)
         short_BD, tables = project(bonds.short_BD, sent, [(reader.weight, None) for reader in readers], ends)
         projected.update(zip(readers, tables, strict=True))
+        projected[conv] = bonds.shifted(projected[conv], conv.bond.weight)
         return bonds._replace(short_BD=short_BD)
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:
