@@ -28,6 +28,7 @@ from fastchgnet.ops.packing import packed
 from fastchgnet.ops.projection import Ends, Sent, project
 from fastchgnet.ops.readout import readout
 from fastchgnet.ops.segments import gather
+from fastchgnet.ops.shared import Shared
 from fastchgnet.ops.split_linear import split_linear
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
@@ -64,7 +65,7 @@ class GatedMLP(nn.Module):
         self.shift = nn.Parameter(torch.zeros(n_norms, D)) if n_norms else None
 
     def forward(
-        self, tables: Tables, weight: Tensor | None, rows: Rows, angle: tuple[Tensor, Tensor] | None = None
+        self, tables: Tables, weight: Shared | None, rows: Rows, angle: tuple[Shared, Tensor] | None = None
     ) -> Tensor:
         """Return messages of rows, summed where they have a weight, else added to the rows' own features.
 
@@ -132,7 +133,7 @@ class AtomConv(nn.Module):
         self.message = GatedMLP(config)
         self.out = nn.Linear(D, D, bias=config.output_bias)
 
-    def forward(self, projected: Projected, weight_UD: Tensor, edges: Rows) -> Tensor:
+    def forward(self, projected: Projected, weight_UD: Shared, edges: Rows) -> Tensor:
         """Return the sum in brackets, [A, D]."""
         tables = Tables(*(projected.pop(by) for by in (self.center, self.neighbor, self.bond, self)))
         return self.message(tables, weight_UD, edges)
@@ -162,7 +163,7 @@ class BondConv(nn.Module):
         self.message = GatedMLP(config)
         self.out = nn.Linear(D, D, bias=config.output_bias)
 
-    def forward(self, projected: Projected, angle_TD: Tensor, weight_KD: Tensor, angles: Rows) -> Tensor:
+    def forward(self, projected: Projected, angle_TD: Shared, weight_KD: Shared, angles: Rows) -> Tensor:
         """Return the sum over k for each short edge, [K, D]."""
         return self.message(self.first(projected), weight_KD, angles, (angle_TD, self.first.angle.weight))
 
@@ -175,7 +176,7 @@ class AngleUpdate(nn.Module):
         self.first = AngleProjections()
         self.message = GatedMLP(config, hidden=False)
 
-    def forward(self, projected: Projected, angle_TD: Tensor, angles: Rows) -> Tensor:
+    def forward(self, projected: Projected, angle_TD: Shared, angles: Rows) -> Tensor:
         """Return the new angle features."""
         return self.message(self.first(projected), None, angles, (angle_TD, self.first.angle.weight))
 
@@ -193,9 +194,9 @@ class Graph:
 class Weights(NamedTuple):
     """Weights of messages: functions of a distance that vanish at the cutoff."""
 
-    atom_UD: Tensor
-    bond_BD: Tensor
-    bond_KD: Tensor  # the same at the short edges
+    atom_UD: Shared
+    bond_BD: Shared
+    bond_KD: Shared  # the same at the short edges
 
 
 class Features(NamedTuple):
@@ -252,14 +253,14 @@ class CHGNet(nn.Module):
             sent = Sent(sum_KD, weights.bond_BD, self.bond_convs[t].out.weight)
             bonds = self._update_bonds(t + 1, bonds, sent, graph, projected)
             if t < len(self.angle_updates):
-                angle_TD = self.angle_updates[t](projected, angle_TD, graph.angles)
+                angle_TD = Shared(self.angle_updates[t](projected, angle_TD, graph.angles))
         magmoms = self.magmom(atom_AD)[:, 0].abs()
         sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
         atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected)
         site_energy = readout(atom_AD, self.readout_norm, self.readout)
         return Features(site_energy, magmoms, atom_AD, bonds)
 
-    def _embed(self, batch: Batch, bond_vector: Tensor, graph: Graph) -> tuple[Weights, BondFeatures, Tensor]:
+    def _embed(self, batch: Batch, bond_vector: Tensor, graph: Graph) -> tuple[Weights, BondFeatures, Shared]:
         """Return the weights of messages, and the features of bonds and angles before the first block."""
         distance, short_K3 = geometry(bond_vector, batch)
         n_short = batch.n_short_bonds
@@ -267,16 +268,15 @@ class CHGNet(nn.Module):
         angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
         basis_UR = self.atom_basis(distance)
         short_basis_BR, long_basis_LR = basis_UR.split([n_short, len(basis_UR) - n_short])
-        weights = Weights(
-            self.atom_weight(basis_UR), bond_weight_BD, gather(bond_weight_BD, graph.short_by_bond)
-        )
+        bond_weight_KD = gather(bond_weight_BD, graph.short_by_bond)
+        weights = Weights(*map(Shared, (self.atom_weight(basis_UR), bond_weight_BD, bond_weight_KD)))
         bonds = BondFeatures(
             short_BD=self.bond_embedding(short_basis_BR),
             long_basis_LR=long_basis_LR,
             embedding_DR=self.bond_embedding.weight,
             has_angle_U1=self._bond_has_angle(batch) if self.config.output_bias else None,
         )
-        return weights, bonds, angle_TD
+        return weights, bonds, Shared(angle_TD)
 
     def _block(self, t: int) -> int:
         """Return the block whose angles read atoms, and whose angle update reads bonds, after t convolutions.

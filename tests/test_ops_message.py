@@ -14,6 +14,7 @@ from fastchgnet.ops import _message_torch, message
 from fastchgnet.ops._register import feature_derivatives
 from fastchgnet.ops.cpu import native
 from fastchgnet.ops.message import MLP, Rows, Tables, messages, reference
+from fastchgnet.ops.shared import Shared
 
 D = 4
 KINDS = ["atom", "bond", "angle", "atom without norm", "shared norm"]
@@ -52,6 +53,11 @@ def arguments(
         mlp,
         rows,
     )
+
+
+def called(tables: Tables, weight: Any, rows_ND: Any, mlp: MLP, rows: Rows) -> Tensor:
+    """Call the op where nobody else reads what it reads."""
+    return messages(tables, *(None if t is None else Shared(t) for t in (weight, rows_ND)), mlp, rows)
 
 
 def flat(given: tuple) -> list[Any]:
@@ -99,7 +105,7 @@ def test_values_and_gradients_are_those_of_the_reference(kind: str, n_rows: int,
     monkeypatch.setattr(_message_torch, "ROWS", 3)
     given = arguments(kind, n_rows)
     leaves = leaves_of(given)
-    ours, expected = messages(*given), reference(*given)
+    ours, expected = called(*given), reference(*given)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(expected)
     torch.testing.assert_close(
@@ -126,13 +132,13 @@ def test_second_derivatives_are_those_of_the_reference(kind: str, n_rows: int, m
         loss = sum(((k + 1) * f).tanh().square().sum() for k, f in enumerate(first)) + output.square().sum()
         return torch.autograd.grad(loss, [grad, *leaves])
 
-    torch.testing.assert_close(second(messages(*given)), second(reference(*given)), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(second(called(*given)), second(reference(*given)), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("n_r", [0, 4])
 def test_half_of_the_last_table_may_be_empty(n_r: int) -> None:
     found = []
-    for call in (messages, reference):
+    for call in (called, reference):
         given = arguments("atom", n_r=n_r)
         features = features_of(given)
         output = call(*given)
@@ -154,7 +160,26 @@ def test_cotangents_of_half_of_the_last_table_may_be_missing(unused: int) -> Non
         loss = sum(f.square().sum() for k, f in enumerate(first) if k != unused)
         return torch.autograd.grad(loss, leaves)
 
-    torch.testing.assert_close(second(messages(*given)), second(reference(*given)), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(second(called(*given)), second(reference(*given)), rtol=1e-8, atol=1e-10)
+
+
+def test_readers_in_turn_share_a_gradient() -> None:
+    """Two ops read the same weights and rows: all derivatives are those of PyTorch."""
+    tables, weight, rows_ND, mlp, rows = arguments("bond")
+    leaves = leaves_of((tables, weight, rows_ND, mlp, rows))
+    shared = Shared(weight), Shared(rows_ND)
+    twice = [messages(tables, *shared, mlp, rows) for _ in range(2)]
+    assert shared[0].tensor is not weight and shared[0].tensor.data_ptr() == weight.data_ptr()
+    y, expected = twice[0] + twice[1].sin(), reference(tables, weight, rows_ND, mlp, rows)
+    expected = expected + expected.sin()
+
+    def derivatives(output: Tensor) -> list[Tensor]:
+        with feature_derivatives():
+            first = torch.autograd.grad(output.square().sum(), leaves[:5], create_graph=True)
+        loss = sum(((k + 1) * f).tanh().square().sum() for k, f in enumerate(first)) + output.square().sum()
+        return [*first, *torch.autograd.grad(loss, leaves)]
+
+    torch.testing.assert_close(derivatives(y), derivatives(expected), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,11 +211,11 @@ def test_the_library_accepts_all_three_ops(kind: str) -> None:
 def test_what_does_not_exist_raises() -> None:
     given = arguments("atom")
     p, weight = given[0].i, given[3].weight
-    (by_weight,) = torch.autograd.grad(messages(*given).square().sum(), weight, create_graph=True)
+    (by_weight,) = torch.autograd.grad(called(*given).square().sum(), weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="gradient of a parameter has no derivative"):
         by_weight.sum().backward()
     with feature_derivatives():
-        (first,) = torch.autograd.grad(messages(*given).square().sum(), p, create_graph=True)
+        (first,) = torch.autograd.grad(called(*given).square().sum(), p, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), p, create_graph=True)
         with pytest.raises(RuntimeError, match="one derivative more"):
             torch.autograd.grad(second.sum(), p)
@@ -219,7 +244,7 @@ def assert_compiled_is_pytorch(given: tuple, unused: int | None = None) -> None:
 
     def levels() -> list[Tensor]:
         torch.manual_seed(1)
-        output = messages(*given)
+        output = called(*given)
         grad = torch.randn_like(output).requires_grad_()
         with feature_derivatives():
             first = torch.autograd.grad(output, features, grad, create_graph=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastchgnet.ops import projection
 from fastchgnet.ops._register import feature_derivatives
 from fastchgnet.ops.projection import MAX_PARTS, Ends, Inputs, Sent, project, reference
+from fastchgnet.ops.shared import Shared
 
 D = 3
 KINDS = {  # sent, weighted, parts, at ends, biases
@@ -136,7 +137,7 @@ def test_the_public_function_packs_what_it_is_given() -> None:
     m = arguments("bonds")
     weights = m.weight[D:].split(2 * D)
     ends = Ends(m.row_ends, m.end_row, m.n_at_ends)
-    state, tables = project(m.s, Sent(m.t, m.w, m.weight[:D]), [(w, None) for w in weights], ends)
+    state, tables = project(m.s, Sent(m.t, Shared(m.w), m.weight[:D]), [(w, None) for w in weights], ends)
     torch.testing.assert_close((state, *tables), reference(*m))
 
     m = arguments("first atoms")

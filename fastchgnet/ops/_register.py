@@ -7,8 +7,8 @@ a parameter's gradient: a loss on forces needs neither.
 
 A loss on forces depends on each input twice, through the output and through the derivative that made the
 forces. So the op returns its inputs beside its output, and its derivative reads these: what comes back to
-them is handed to the VJP, which adds its own to it, in one kernel where the body can do that. Who reads an
-input next may read what came out as well (`Family.passing`), and has its gradient added up on the way, too.
+them is handed to the VJP, which adds its own to it, in one kernel where the body can do that. Whoever reads
+an input next may read what came out as well (`Shared`), and has its gradient added up on the way, too.
 
 They are defined with `torch.library.Library` and not with `torch.library.custom_op`, whose checks at every
 call take a tenth of the time of evaluating a small crystal.
@@ -17,13 +17,15 @@ call take a tenth of the time of evaluating a small crystal.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastchgnet.ops.shared import Shared
 
 _Function = Callable[..., Any]
 _library = torch.library.Library("fastchgnet", "FRAGMENT")
@@ -124,12 +126,18 @@ class Family:
         """Apply the op."""
         return self.forward(*inputs)
 
-    def passing(self, *inputs: Any) -> tuple[Any, Sequence[Any]]:
-        """Apply the op, and return its features for the next reader as well."""
+    def read(self, shared: Mapping[int, Shared | None], *inputs: Any) -> Any:
+        """Apply the op to inputs of which some, by number, are shared with ops that have yet to read them."""
+        given = list(inputs)
+        for n, one in shared.items():
+            given[n] = None if one is None else one.tensor
         if not torch.is_grad_enabled():
-            return self.forward(*inputs), inputs[: self.n_features]
-        outputs, passed = self._op.apply(inputs)
-        return outputs, passed[: self.n_features]
+            return self.forward(*given)
+        outputs, passed = self._op.apply(given)
+        for n, one in shared.items():
+            if one is not None:
+                one.tensor = passed[n]
+        return outputs
 
     def on_cuda(self, forward: _Function, backward: _Function, backward_backward: _Function) -> None:
         """Use other bodies for tensors on CUDA: the same functions, but backward takes `onto` first."""

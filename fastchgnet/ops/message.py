@@ -54,6 +54,7 @@ from fastchgnet.ops._message_inputs import EPS, MLP, Inputs
 from fastchgnet.ops._register import Family, adding
 from fastchgnet.ops.cpu import message as cpu_message
 from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.shared import Shared
 
 
 class Tables(NamedTuple):
@@ -73,7 +74,7 @@ class Rows(NamedTuple):
     k: Index
 
 
-def messages(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp: MLP, rows: Rows) -> Tensor:
+def messages(tables: Tables, weight: Shared | None, rows_ND: Shared | None, mlp: MLP, rows: Rows) -> Tensor:
     """Gated messages of every row, summed over i where they have weights, else added to the rows' features.
 
     Args:
@@ -87,10 +88,11 @@ def messages(tables: Tables, weight: Tensor | None, rows_ND: Tensor | None, mlp:
         [n_i, D], or [N, D] without weights.
     """
     i, j, k = rows
-    return _family(
+    return _family.read(
+        {4: weight, 5: rows_ND},
         *tables,
-        weight,
-        rows_ND,
+        None,
+        None,
         mlp.packed(),
         mlp.weight is not None,
         0 if mlp.scale is None else len(mlp.scale),

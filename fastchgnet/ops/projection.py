@@ -40,6 +40,7 @@ from fastchgnet.ops.cpu import projection as cpu_projection
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.packing import packed
 from fastchgnet.ops.segments import sum_rows
+from fastchgnet.ops.shared import Shared
 
 MAX_PARTS = 5
 
@@ -48,7 +49,7 @@ class Sent(NamedTuple):
     """What rows were sent."""
 
     rows: Tensor  # [n_ends, D], or [n, D] where a row is its own end
-    weight: Tensor | None  # [n, D]
+    weight: Shared | None  # [n, D]
     out: Tensor  # [D, D], B
 
 
@@ -96,10 +97,11 @@ def project(
         raise ValueError("projections with a bias come first")
     weights = [weight for weight, _ in parts] if sent is None else [sent.out, *(w for w, _ in parts)]
     row_ends, end_row, n_at_ends = ends or (None, None, 0)
-    x, *tables = _family(
+    x, *tables = _family.read(
+        {2: None if sent is None else sent.weight},
         state,
         None if sent is None else sent.rows,
-        None if sent is None else sent.weight,
+        None,
         packed(weights).view(-1, state.shape[1]),
         packed(biases) if biases else None,
         row_ends,
