@@ -85,7 +85,7 @@ class Optimizer:
             sizes: `step_sizes` of this step, [3], on the device and in the precision of the weights.
         """
         norm = torch.linalg.vector_norm(gradient)
-        move = _move_on_gpu if self.weights.is_cuda else _move
+        move = _move_on_gpu if runtime.serves(self.weights) else _move
         buffers = gradient, self.weights, self.average, self.mean, self.square
         move(*buffers, norm, sizes, self.clip_norm)
         return norm
