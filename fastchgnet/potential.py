@@ -109,5 +109,5 @@ class Potential(nn.Module):
     def _output(self, batch: Batch, features: Features, forces: Tensor, stress: Tensor) -> Output:
         """Add the reference energies and sum over atoms, both in float64."""
         site_energies = features.site_energy + self.references[batch.atomic_number - 1]
-        energy = segment_sum(site_energies[:, None], batch.by_system)[:, 0]
+        energy = segment_sum(site_energies[:, None], batch.by_system).squeeze(1)
         return Output(energy, forces, stress, features.magmoms, site_energies)

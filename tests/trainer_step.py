@@ -85,5 +85,5 @@ def trainer_step(
         torch.from_numpy(frames.label_counts()[batch].sum(0)), torch.tensor(loss.weights).double()
     )
     steps = Steps(Step(trained, optimizer, loss), source, division, lambda _: by_sums, record)
-    step_size = torch.tensor(step_sizes(step=100, rate=0.1, ema_decay=0.9), dtype=dtype)
-    return TrainerStep(steps, steps.prepare(batch), step_size, torch.zeros(2, dtype=dtype))
+    step_size = torch.tensor(step_sizes(step=100, rate=0.1, ema_decay=0.9), dtype=torch.float64)
+    return TrainerStep(steps, steps.prepare(batch), step_size, torch.zeros(2, dtype=torch.float64))

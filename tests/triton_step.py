@@ -192,6 +192,7 @@ def _watch() -> None:
         setattr(place, name, _labelled(getattr(place, name), part))
     step.Step.__call__ = _labelled(step.Step.__call__, "statistics")  # type: ignore[method-assign]
     Recorder._make = _uncounted(Recorder._make)  # type: ignore[method-assign]
+    Recorder.__call__ = _counted(Recorder.__call__)  # type: ignore[method-assign]
 
 
 def _functions_so_far() -> int:
@@ -229,8 +230,7 @@ def main(readout: str, n_frames: str, out: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         case = trainer_step(readout, int(n_frames), Path(folder), record=record)
         case.steps._recorder._seen.add(case.work.room)  # as if such a step had been taken before
-        with counting:
-            case.take()
+        case.take()
     torch.save(case.found(), out)
     assert counting.kernels.keys() <= set(ORDER)
     print(json.dumps({part: dict(counting.kernels[part].most_common()) for part in ORDER}))
