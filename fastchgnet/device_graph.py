@@ -88,7 +88,7 @@ def build_graph(
         The batch, and whether the crystals fitted, a bool scalar on the device. Where they did not, the
         batch is made of fillers.
     """
-    if systems.position.is_cuda:
+    if runtime.serves(systems.position):
         plain = partial(_build_in_torch, n_candidates=n_candidates)
         build = runtime.body("neighbors", "build_graph", plain, dtypes=(torch.float64,))
         return build(systems.position, systems, atom_cutoff, bond_cutoff, capacity)

@@ -13,7 +13,7 @@ from fastchgnet.graph import Batch
 from fastchgnet.model import D, Features, GatedMLP, projection
 from fastchgnet.ops.envelope import cutoff_envelope
 from fastchgnet.ops.message import Rows, Tables
-from fastchgnet.ops.pair_forces import forces_and_virials
+from fastchgnet.ops.pair_forces import forces_and_stress
 from fastchgnet.ops.segments import gather, segment_sum
 from fastchgnet.units import GPA
 
@@ -22,30 +22,6 @@ def pair_forces(pair_force_U3: Tensor, batch: Batch) -> Tensor:
     """Sum what each bond does to its two ends, [A, 3]; +f on the centre and -f on the neighbour."""
     along_edge = gather(pair_force_U3, batch.by_bond) * batch.edge_sign[:, None]
     return segment_sum(along_edge, batch.by_center)
-
-
-def forces_and_stress(
-    pair_force_U3: Tensor, arm_U3: Tensor, pull_U3: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """Sum what each bond does to its two ends and to the crystal.
-
-    Args:
-        pair_force_U3: the force on the centre of each bond, and its opposite on the neighbour.
-        arm_U3: r in the stress 1/V sum r (x) g over bonds.
-        pull_U3: g there, often pair_force_U3 itself.
-        batch: the graph.
-
-    Returns:
-        forces [A, 3] and stress [S, 3, 3], eV/A^3, NaN unless periodic in three directions.
-    """
-    # half of each bond for either end: bonds are not sorted by system, atoms are
-    forces, virials = forces_and_virials(pair_force_U3, arm_U3, pull_U3, batch)
-    virial = segment_sum(virials.flatten(1), batch.by_system).view(-1, 3, 3)
-    # the mask comes after the division, so that a missing volume sends no NaN into the gradient
-    periodic = batch.volume.isfinite()
-    stress = virial / batch.volume.where(periodic, 1.0)[:, None, None]
-    stress = stress.where(periodic[:, None, None], torch.nan)
-    return forces.to(arm_U3.dtype), stress.to(arm_U3.dtype)
 
 
 class PairHeads(nn.Module):
@@ -75,8 +51,8 @@ class PairHeads(nn.Module):
         tables = Tables(features.bonds.project(self.bond.weight), atom, atom)
         message_UD = self.message(tables, None, Rows(*batch.bonds_by_ends))
         cutoff = cutoff_envelope(distance, self.config.atom_cutoff, self.config.envelope_p)
-        n_U1, m_U1 = (self.scalars(message_UD) * cutoff).chunk(2, dim=1)
-        return forces_and_stress(n_U1 * unit, unit, m_U1 * unit, batch)
+        pulls_U23 = self.scalars(message_UD)[:, :, None] * (cutoff * unit)[:, None, :]
+        return forces_and_stress(pulls_U23, unit, batch)
 
 
 class PaperHeads(nn.Module):

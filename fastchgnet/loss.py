@@ -35,30 +35,40 @@ REPORT_UNITS = {
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Sums over the labels present, one entry per target, on the device of the predictions."""
+    """Sums over the labels present, on the device of the predictions."""
 
-    huber: Tensor  # [4] float64, the only one with a gradient
-    absolute: Tensor  # [4] float64, in the unit of the loss
-    count: Tensor  # [4] int64
+    sums: Tensor  # [3, 4] float64: Huber losses, absolute errors and labels of every target, see `huber_sums`
+
+    @property
+    def huber(self) -> Tensor:
+        """Huber losses, [4], which alone have a gradient."""
+        return self.sums[0]
+
+    @property
+    def absolute(self) -> Tensor:
+        """Absolute errors, [4], in the unit of the loss."""
+        return self.sums[1].detach()
+
+    @property
+    def count(self) -> Tensor:
+        """Labels, [4]."""
+        return self.sums[2].detach()
 
     def __add__(self, other: Tally) -> Tally:
         """Join the sums of two sets of crystals."""
-        return Tally(self.huber + other.huber, self.absolute + other.absolute, self.count + other.count)
+        return Tally(self.sums + other.sums)
 
-    @torch.no_grad()
     def add_(self, other: Tally) -> None:
         """Join the sums of more crystals to these, in place and without a gradient."""
-        for name, total in self.as_dict().items():
-            total.add_(getattr(other, name))
+        self.sums.add_(other.sums.detach())
 
     def zero_(self) -> None:
         """Forget all crystals, in place."""
-        for total in self.as_dict().values():
-            total.zero_()
+        self.sums.zero_()
 
     def as_dict(self) -> dict[str, Tensor]:
         """Name the sums."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {"huber": self.huber, "absolute": self.absolute, "count": self.count}
 
     def report(self) -> dict[str, float | None]:
         """Compute the mean absolute errors under the names of REPORT_UNITS; None without any label."""
@@ -73,8 +83,7 @@ class Tally:
 
 def empty_tally(device: torch.device | str = "cpu") -> Tally:
     """Return the tally of no crystals."""
-    zeros = torch.zeros(len(TARGETS), dtype=torch.float64, device=device)
-    return Tally(zeros, zeros.clone(), zeros.long())
+    return Tally(torch.zeros(3, len(TARGETS), dtype=torch.float64, device=device))
 
 
 def tally(output: Output, labels: Labels, batch: Batch, delta: float = 0.1) -> Tally:
@@ -89,18 +98,17 @@ def tally(output: Output, labels: Labels, batch: Batch, delta: float = 0.1) -> T
         batch: the graphs the predictions belong to.
         delta: error from which the loss grows linearly, in the unit of each target.
     """
-    huber, absolute, count = huber_sums(output, labels, batch, delta).unbind()
-    return Tally(huber, absolute.detach(), count.detach().long())
+    return Tally(huber_sums(output, labels, batch, delta))
 
 
 def coefficients(count: Tensor, weights: Tensor) -> Tensor:
-    """Return dL / d(sum of h) of each target, [4].
+    """Return the derivative of the loss by `Tally.sums`, [3, 4]: zero but for those of h.
 
     Args:
         count: [4] labels of the whole batch.
         weights: [4] one per target, on the same device.
     """
-    return weights / count.clamp(min=1)
+    return torch.nn.functional.pad((weights / count.clamp(min=1))[None], (0, 0, 0, 2))
 
 
 def total_loss(huber: Tensor, count: Tensor, weights: tuple[float, ...]) -> Tensor:

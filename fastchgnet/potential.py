@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fastchgnet.config import ModelConfig, Provenance
 from fastchgnet.flat import flatten
 from fastchgnet.graph import Batch, Output, Systems
-from fastchgnet.heads import PairHeads, PaperHeads, forces_and_stress
+from fastchgnet.heads import PairHeads, PaperHeads
 from fastchgnet.model import CHGNet, Features
 from fastchgnet.neighbors import build_graph
 from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.pair_forces import forces_and_stress
 from fastchgnet.ops.segments import segment_sum
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
@@ -106,16 +107,19 @@ class Potential(nn.Module):
             # dE/dr_ij pulls the centre along the bond: F_i = +dE/dr_ij, F_j = -dE/dr_ij
             with feature_derivatives():
                 (pair_force,) = torch.autograd.grad(
-                    features.site_energy.sum(), vector, create_graph=self.training
+                    features.site_energy,
+                    vector,
+                    torch.ones_like(features.site_energy),
+                    create_graph=self.training,
                 )
         with torch.set_grad_enabled(self.training):
-            forces, stress = forces_and_stress(pair_force, vector, pair_force, batch)
+            forces, stress = forces_and_stress(pair_force[:, None], vector, batch)
             output = self._output(batch, features, forces, stress)
         # the magnetic moments come from the features as they are
         return output if self.training else output._replace(magmoms=output.magmoms.detach())
 
     def _output(self, batch: Batch, features: Features, forces: Tensor, stress: Tensor) -> Output:
         """Add the reference energies and sum over atoms, both in float64."""
-        site_energies = features.site_energy.double() + self.references[batch.atomic_number - 1]
-        energy = segment_sum(site_energies[:, None], batch.by_system)[:, 0]
+        site_energies = features.site_energy + self.references[batch.atomic_number - 1]
+        energy = segment_sum(site_energies[:, None], batch.by_system).squeeze(1)
         return Output(energy, forces, stress, features.magmoms, site_energies)

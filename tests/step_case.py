@@ -1,4 +1,4 @@
-"""A training step on two small crystals, for comparing its bodies."""
+"""What a training step on two small crystals takes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from typing import NamedTuple
 
 import torch
 from crystals import crystals, potential
-from torch import Tensor
 
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch, Labels
-from fastchgnet.loss import tally, total_loss
 from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.potential import Potential
 
@@ -22,18 +20,11 @@ class StepCase(NamedTuple):
     batch: Batch
     labels: Labels
 
-    def gradients(self) -> list[Tensor]:
-        """Gradients of the loss by all parameters."""
-        found = tally(self.potential(self.batch), self.labels, self.batch)
-        loss = total_loss(found.huber, found.count, (2.0, 1.5, 0.1, 0.1))
-        return list(torch.autograd.grad(loss, list(self.potential.parameters()), materialize_grads=True))
 
-
-def step_case(readout: str, dtype: torch.dtype = torch.float32) -> StepCase:
-    """Make the step, the same in every process."""
-    # few neighbours: an interpreter takes its time
+def step_case(readout: str) -> StepCase:
+    """Make the step."""
     config = ModelConfig(readout=readout, atom_cutoff=4.0, bond_cutoff=2.9)
-    trained = potential(config, dtype).train()
+    trained = potential(config, torch.float32).train()
     batch = trained.build_graph(systems_from_atoms(crystals()[:2]))
     generator = torch.Generator().manual_seed(1)
     n_systems, n_atoms = batch.n_systems, len(batch.atomic_number)

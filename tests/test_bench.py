@@ -15,7 +15,7 @@ import typer
 from crystals import crystals
 from frames import labelled_atoms
 
-from fastchgnet.bench import correctness, reference, rows, timing
+from fastchgnet.bench import correctness, kernels, reference, rows, timing
 from fastchgnet.bench.frames import Composition, Pool
 from fastchgnet.bench.plot import draw
 from fastchgnet.bench.profile import profiled
@@ -125,6 +125,12 @@ def test_documented_table_is_that_of_the_rows() -> None:
     page = (root / "docs" / "performance.md").read_text()
     for path in sorted((root / "benchmarks" / "results").glob("performance-*.json")):
         assert rows.markdown(rows.read(path)) in page
+
+
+def test_documented_counts_of_kernels_are_those_of_the_rows() -> None:
+    root = Path(__file__).parents[1]
+    counted = rows.markdown(rows.read(root / "benchmarks" / "results" / "kernels.json"), kernels.counted)
+    assert counted in (root / "docs" / "performance.md").read_text()
 
 
 def test_environment_describes_the_run() -> None:

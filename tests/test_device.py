@@ -38,6 +38,6 @@ def test_a_step_stays_on_its_device(config: ModelConfig, padded: bool) -> None:
         capacity = Capacity(*(n + 3 for n in rows_of(batch)))
         batch, labels = pad(batch, capacity), pad_labels(labels, capacity)
     made = Made(batch, labels, torch.ones((), dtype=torch.bool, device="meta"))
-    by_sums = torch.ones(4, dtype=torch.float64, device="meta")
-    health = step([made, made], Inputs(by_sums, *(torch.zeros(n, device="meta") for n in (3, 2))))
+    inputs = Inputs.unpacked(torch.zeros(20, dtype=torch.float64, device="meta"))
+    health = step([made, made], inputs)
     assert {t.device.type for t in (health, step.sums.huber, *average(batch))} == {"meta"}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastchgnet.ops import _readout_torch as bodies
 from fastchgnet.ops import readout as op
 from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.readout import fused_readout, pack, readout, reference
 
 D = 5
@@ -142,11 +143,13 @@ def test_modules_are_packed_in_their_order(widths: list[int], has_norm: bool) ->
     torch.testing.assert_close(orders(readout(features, norm, layers)), found, **EXACT)
 
 
-def test_the_op_serves_every_device_but_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_serves_where_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     fused = op.fused_readout
     monkeypatch.setattr(op, "fused_readout", lambda *given: called.append(given) or fused(*given))
-    for device, expected in (("cpu", 0), ("meta", 1)):
-        norm, layers = nn.LayerNorm(D, device=device), nn.Sequential(nn.Linear(D, 1, device=device))
-        assert readout(torch.zeros(3, D, device=device), norm, layers).shape == (3,)
-        assert len(called) == expected
+    norm, layers = nn.LayerNorm(D), nn.Sequential(nn.Linear(D, 1))
+    plain = readout(torch.ones(3, D), norm, layers)
+    assert not called
+    monkeypatch.setattr(runtime, "serves", lambda tensor: True)
+    torch.testing.assert_close(readout(torch.ones(3, D), norm, layers), plain)
+    assert len(called) == 1

@@ -247,7 +247,7 @@ def test_the_host_sees_nothing_of_a_step(config: RunConfig, stores: Path, readou
     optimizer = Optimizer(potential.in_order(), copy.deepcopy(potential).in_order(), clip_norm=1.0)
     step = Step(potential, optimizer, config.loss)
     tensors = [t.to("meta") for t in item.tensors]
-    inputs = Inputs(*(torch.zeros(n, dtype=torch.float64, device="meta") for n in (4, 3, 2)))
+    inputs = Inputs.unpacked(torch.zeros(20, dtype=torch.float64, device="meta"))
     with OnOneDevice():
         assert step([source.make(tensors, room)], inputs).shape == (5,)
 

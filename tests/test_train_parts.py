@@ -230,7 +230,8 @@ def test_steps_are_those_of_torch(clip_norm: float | None) -> None:
         flat = torch.zeros_like(optimizer.weights)
         for view, gradient in zip(views(flat, optimizer.parameters), gradients, strict=True):
             view.copy_(gradient)
-        norm = optimizer.update(flat, torch.tensor(sizes, dtype=torch.float64))
+        norm = flat.new_empty(())
+        optimizer.update(flat, torch.tensor(sizes, dtype=torch.float64), norm)
 
         for parameter, gradient in zip(theirs.parameters(), gradients, strict=True):
             parameter.grad = gradient.clone()
@@ -252,7 +253,7 @@ def test_without_decay_the_average_is_the_current_weights() -> None:
     current, average = twins()
     optimizer = Optimizer(dict(current.named_parameters()), dict(average.named_parameters()), None)
     sizes = torch.tensor(step_sizes(9, rate=0.1, ema_decay=0.0), dtype=torch.float64)
-    optimizer.update(torch.randn_like(optimizer.weights), sizes)
+    optimizer.update(torch.randn_like(optimizer.weights), sizes, optimizer.weights.new_empty(()))
     assert all(torch.equal(a, c) for a, c in zip(average.parameters(), current.parameters(), strict=True))
 
 

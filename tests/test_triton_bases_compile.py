@@ -16,7 +16,7 @@ MAX_SHARED = 160 * 1024  # bytes that a program may take on an A100
 def test_kernels_compile_without_spills() -> None:
     kernels = run_script(__file__)
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
-    assert len({kernel["name"] for kernel in kernels}) == 9
+    assert len({kernel["name"] for kernel in kernels}) == 10
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
@@ -90,8 +90,11 @@ def main() -> None:
         for with_parameters in (False, True):
             gpu_angular_basis.backward(with_parameters, grad, *given)
         gpu_angular_basis.backward_backward((vector,), grad, *given)
-    gpu_pair_forces.forward(vector, vector, vector, index, index, index, sign, index)
-    gpu_pair_forces.backward(vector, vector, torch.zeros(8, 12, dtype=torch.float64), index, index)
+    volume = torch.zeros(8, dtype=torch.float64)
+    for pulls in (vector[:, None], torch.zeros(8, 2, 3)):
+        gpu_pair_forces.forward(pulls, vector, index, index, index, sign, index, index, index, volume)
+        grads = vector, torch.zeros(8, 3, 3)
+        gpu_pair_forces.backward(pulls, vector, *grads, index, index, index, volume)
     print(json.dumps(found))
 
 

@@ -1,4 +1,4 @@
-"""A whole training step through the Triton bodies of all ops, against the PyTorch ones in float64."""
+"""The trainer's whole step through the Triton bodies of everything, against the PyTorch ones in float64."""
 
 from __future__ import annotations
 
@@ -10,26 +10,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_case import step_case
+from trainer_step import trainer_step
 
 pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+
+
+def step_of_kernels(readout: str, n_frames: int, out: Path) -> dict[str, dict[str, int]]:
+    """Take a step in a process of its own; return what it counted."""
+    command = [sys.executable, str(ROOT / "tests" / "triton_step.py"), readout, str(n_frames), str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("readout", ["conservative", "direct"])
 def test_a_step_of_kernels_is_that_of_pytorch(readout: str, tmp_path: Path) -> None:
-    script = Path(__file__).parent / "triton_step.py"
-    out = tmp_path / "gradients.pt"
-    command = [sys.executable, str(script), readout, str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    kernels = json.loads(done.stdout)
+    counts = step_of_kernels(readout, 2, tmp_path / "found.pt")
     # otherwise PyTorch bodies were compared with themselves
-    assert {"_forward_kernel", "_backward_kernel", "_sum_kernel", "_weigh_kernel"} <= kernels.keys()
+    launched = {name.split(".")[0] for names in counts.values() for name in names if "::" not in name}
+    assert {"frames", "neighbors", "neighbors_pad", "message", "projection", "readout", "adam"} <= launched
+    assert step_of_kernels(readout, 1, tmp_path / "one.pt") == counts, "the same for any batch"
 
-    expected = step_case(readout, torch.float64).gradients()
-    for one, other in zip(torch.load(out), expected, strict=True):
-        error = (one - other).norm() / other.norm().clamp(min=1e-12)
+    case = trainer_step(readout, 2, tmp_path, torch.float64)
+    case.take()
+    made = torch.load(tmp_path / "found.pt")
+    for name, tensor in case.found().items():
+        expected, found = tensor.double(), made[name].double()
         # float32 makes 1e-5 of it
-        assert error < 1e-4 or other.norm() == 0 == one.norm()
+        assert (found - expected).norm() <= 1e-4 * expected.norm(), name

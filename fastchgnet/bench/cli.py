@@ -267,7 +267,7 @@ def plot(
 @app.command(epilog="Example: fastchgnet bench table benchmarks/results/performance-cpu.json")
 def table(rows: Annotated[Path, typer.Argument(help="JSON list of rows from one device.")]) -> None:
     """Print rows as a Markdown table, as docs/performance.md has it."""
-    from fastchgnet.bench import learning, scaling_tables, table_ii
+    from fastchgnet.bench import kernels, learning, scaling_tables, table_ii
     from fastchgnet.bench.rows import markdown, read, tables
 
     found = read(rows)
@@ -275,7 +275,7 @@ def table(rows: Annotated[Path, typer.Argument(help="JSON list of rows from one 
     if commands == {"scaling"}:
         print(scaling_tables.markdown(found), end="")
         return
-    own = {"md": table_ii.tables, "lr": learning.tables}
+    own = {"md": table_ii.tables, "lr": learning.tables, kernels.COUNTED: kernels.counted}
     print(markdown(found, next((own[name] for name in own if commands == {name}), tables)), end="")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastchgnet.bench import ours, reference
@@ -10,8 +11,11 @@ from fastchgnet.bench.profile import profiled
 from fastchgnet.bench.rows import Row
 from fastchgnet.bench.session import Session
 from fastchgnet.bench.timing import Work, warm_up
+from fastchgnet.report import Table
 
 N_TOP = 20
+COUNTED = "kernels counted"
+"""Command of the rows of benchmarks/kernel_counts.py."""
 NOTE = (
     "One warm training step under torch's profiler, and one on the first half of the frames. `ops` are "
     "operators called from outside any other one, views included; a GPU has `kernels`, `launches` from the "
@@ -40,3 +44,17 @@ def _profile(found: Row, arm: str, step: Work, batch: Workload, session: Session
     else:
         described["counts_of_half"] = profile.counts
         described["depends_on_batch"] = profile.counts != described["counts"]
+
+
+def counted(rows: Sequence[Row]) -> list[Table]:
+    """Show what was counted for each readout, by part of the step; and how much of it is our own kernels."""
+    parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
+    columns = [["part of the step", *parts, "all"]]
+    for row in rows:
+        found = [row["parts"].get(part, {}) for part in parts]
+        ours = [{name: n for name, n in names.items() if "::" not in name} for names in found]
+        for title, counts in ((row["readout"], found), ("our kernels", ours)):
+            totals = [sum(names.values()) for names in counts]
+            columns.append([title, *(f"{total:,}" for total in (*totals, sum(totals)))])
+    header, *lines = zip(*columns, strict=True)
+    return [Table(rows[0]["label"], header, lines)]

@@ -54,7 +54,7 @@ def readout(atom_AD: Tensor, norm: nn.Module, layers: nn.Sequential) -> Tensor:
         norm: a LayerNorm, or anything without parameters where there is no norm.
         layers: linear layers, the last one of width one, with SiLU between.
     """
-    if atom_AD.device.type == "cpu":
+    if not runtime.serves(atom_AD):
         # where launches cost little, computing again what autograd would have saved does not pay
         return layers(norm(atom_AD))[:, 0]
     return fused_readout(atom_AD, *pack(norm, layers))

@@ -161,18 +161,18 @@ class Trainer:
         return self.val_source.prepare(positions, room), room
 
     def _by_sums(self, positions: NDArray[np.int64]) -> Tensor:
-        """Derivative of the loss by the sums of each target, [4], from the labels of the whole batch."""
+        """Derivative of the loss by the sums, [3, 4], from the labels of the whole batch."""
         count = torch.from_numpy(self._label_counts[positions].sum(0))
         return coefficients(count, torch.tensor(self.config.loss.weights, dtype=torch.float64))
 
     def step(self, work: Work, stop: bool = False) -> None:
         """Take one step of the optimizer; with `stop`, ask all processes to stop after it."""
-        optim, step, dtype = self.config.optim, self.progress.step, self.potential.dtype
+        optim, step = self.config.optim, self.progress.step
         self.ranks.at(f"step {step + 1}")
         minutes = (time.monotonic() - self.saved_at) / 60
         save = self.ranks.first and minutes > self.config.train.checkpoint_minutes
-        sizes = torch.tensor(step_sizes(step, self.learning_rate(step), optim.ema_decay), dtype=dtype)
-        health = self.take_step(work, sizes, torch.tensor([stop, save], dtype=dtype))
+        sizes = torch.tensor(step_sizes(step, self.learning_rate(step), optim.ema_decay), dtype=torch.float64)
+        health = self.take_step(work, sizes, torch.tensor([stop, save], dtype=torch.float64))
         # Looking at the step before this one keeps the device busy while the host waits for the answer.
         self.check()
         self.unchecked = Unchecked(Later(health), step + 1, work.positions)

@@ -82,18 +82,18 @@ class Optimizer:
         self.square = torch.zeros_like(self.weights)
 
     @torch.no_grad()
-    def update(self, gradient: Tensor, sizes: Tensor) -> Tensor:
-        """Take a step and return the norm of the gradient, on the device.
+    def update(self, gradient: Tensor, sizes: Tensor, norm: Tensor) -> None:
+        """Take a step.
 
         Args:
             gradient: in the layout of the weights, flat.
-            sizes: `step_sizes` of this step, [3], on the device and in the precision of the weights.
+            sizes: `step_sizes` of this step, [3], on the device.
+            norm: scalar that the norm of the gradient is written to.
         """
-        norm = torch.linalg.vector_norm(gradient)
-        move = _move_on_gpu if self.weights.is_cuda else _move
+        torch.linalg.vector_norm(gradient, out=norm)
+        move = _move_on_gpu if runtime.serves(self.weights) else _move
         buffers = gradient, self.weights, self.average, self.mean, self.square
         move(*buffers, norm, sizes, self.clip_norm)
-        return norm
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on beside the weights, by parameter."""
@@ -117,7 +117,7 @@ def _move(
     """Clip a gradient that has this norm, and change the other buffers as `step_sizes` says."""
     if clip_norm is not None:
         gradient = gradient * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-    size, variance, follow = sizes.unbind()
+    size, variance, follow = sizes.to(weights.dtype).unbind()
     mean.lerp_(gradient, 1 - BETA_MEAN)
     square.mul_(BETA_SQUARE).addcmul_(gradient, gradient, value=1 - BETA_SQUARE)
     root = square.sqrt().mul_(variance).add_(EPS)

@@ -32,7 +32,7 @@ class ResidentFrames:
         Returns:
             What `Store.gather` returns, with spare rows behind; labels are missing there.
         """
-        gather = _gather_on_gpu if numbers.is_cuda else _gather
+        gather = _gather_on_gpu if runtime.serves(numbers) else _gather
         return gather(numbers, self._arrays, n_atoms)
 
 

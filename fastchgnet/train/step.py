@@ -29,11 +29,23 @@ logger = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
-    """What a step takes beside its batch, on the device."""
+    """What a step takes beside its batch, float64, on the device."""
 
-    by_sums: Tensor  # [4] float64, derivative of the loss by the sums of each target over the whole batch
-    sizes: Tensor  # [3] `fastchgnet.train.optim.step_sizes`, in the precision of the weights
-    wishes: Tensor  # [2] whether this process wants to stop, and to save, likewise
+    by_sums: Tensor  # [3, 4] derivative of the loss by the sums over the whole batch, see `coefficients`
+    sizes: Tensor  # [3] `fastchgnet.train.optim.step_sizes`
+    start: (
+        Tensor  # [5] what `Outcome` starts from: zeros, and whether this process wants to stop, and to save
+    )
+
+    def packed(self) -> Tensor:
+        """Put all behind each other, to be sent as one."""
+        return torch.cat([tensor.flatten() for tensor in self])
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Inputs:
+        """Undo `packed`."""
+        by_sums, sizes, start = packed.split([12, 3, len(Outcome._fields)])
+        return cls(by_sums.view(3, 4), sizes, start)
 
 
 class Outcome(NamedTuple):
@@ -73,21 +85,19 @@ class Step:
         Returns:
             `Outcome`, as a tensor.
         """
-        numbers = self.gradient.numbers
-        numbers.zero_()
-        numbers[3:5] = inputs.wishes
+        numbers = self.gradient.numbers[: len(Outcome._fields)]
+        loss, norm, n_unfit, *_ = numbers.copy_(inputs.start).unbind()
         for n, part in enumerate(parts):
             sums = tally(self.potential(part.batch), part.labels, part.batch, self.config.delta)
             self.sums.add_(sums)
-            numbers[0] += (sums.huber.detach() * inputs.by_sums).sum()
-            numbers[2] += ~part.fits
-            self.gradient.take(sums.huber, inputs.by_sums, add=n > 0, complete=n == len(parts) - 1)
+            loss.add_(torch.dot(sums.huber.detach(), inputs.by_sums[0]))
+            n_unfit.add_(~part.fits)
+            self.gradient.take(sums.sums, inputs.by_sums, add=n > 0, complete=n == len(parts) - 1)
         if not parts:
             self.gradient.take_nothing()
         self.gradient.wait()
-        norm = self.optimizer.update(self.gradient.values, inputs.sizes)
-        numbers[1] = norm
-        return numbers[: len(Outcome._fields)]
+        self.optimizer.update(self.gradient.values, inputs.sizes, norm)
+        return numbers
 
 
 class Work(NamedTuple):
@@ -180,14 +190,14 @@ class Steps:
 
         Args:
             work: the batch.
-            sizes: see `Inputs`, on the host.
-            wishes: likewise.
+            sizes: see `Inputs`, float64, on the host.
+            wishes: whether this process wants to stop, and to save, likewise.
 
         Raises:
             InputError: it is too much for the memory.
         """
-        device = self.step.potential.device
-        inputs = [to_device(tensor, device) for tensor in (work.by_sums, sizes, wishes)]
+        start = torch.cat([wishes.new_zeros(len(Outcome._fields) - len(wishes)), wishes])
+        inputs = to_device(Inputs(work.by_sums, sizes, start).packed(), self.step.potential.device)
         may_halve = not self._halved and self._ranks.count == 1 and len(work.positions) > 1
         try:
             return self._run(work, inputs)
@@ -201,23 +211,23 @@ class Steps:
         self._halve(work)
         return self(work, sizes, wishes)
 
-    def _run(self, work: Work, inputs: Sequence[Tensor]) -> Tensor:
+    def _run(self, work: Work, inputs: Tensor) -> Tensor:
         if work.division is not self.division:
             work = self.prepare(work.positions)  # it was prepared before the memory ran out
         for part in work.parts:
             part.wait()
         if work.room is None:
-            return self.step([self.source.make(part.tensors, None) for part in work.parts], Inputs(*inputs))
+            made = [self.source.make(part.tensors, None) for part in work.parts]
+            return self.step(made, Inputs.unpacked(inputs))
         tensors = [tensor for part in work.parts for tensor in part.tensors]
-        return self._recorder(work.room, (*inputs, *tensors))
+        return self._recorder(work.room, (inputs, *tensors))
 
     def _in_room(self, room: Room, given: Sequence[Tensor]) -> Tensor:
         """Make the parts, each from as many tensors, and take the step."""
-        n_inputs = len(Inputs._fields)
-        inputs, tensors = given[:n_inputs], given[n_inputs:]
+        inputs, *tensors = given
         size = len(tensors) // self.division.n_parts
         parts = [tensors[n : n + size] for n in range(0, len(tensors), size)]
-        return self.step([self.source.make(part, room) for part in parts], Inputs(*inputs))
+        return self.step([self.source.make(part, room) for part in parts], Inputs.unpacked(inputs))
 
     def _halve(self, work: Work) -> None:
         """Give up recordings and take each batch in twice as many parts."""

@@ -38,8 +38,9 @@ def _adam_kernel(
         g *= tl.minimum(CLIP / (tl.load(norm) + 1e-6), 1.0)
     m += (1 - BETA_MEAN) * (g - m)
     s = BETA_SQUARE * s + (1 - BETA_SQUARE) * g * g
-    w -= tl.load(sizes) * (m / (tl.sqrt(s) * tl.load(sizes + 1) + EPS))
-    a += tl.load(sizes + 2) * (w - a)
+    size, variance, follow = tl.load(sizes), tl.load(sizes + 1), tl.load(sizes + 2)
+    w -= size.to(tl.float32) * (m / (tl.sqrt(s) * variance.to(tl.float32) + EPS))
+    a += follow.to(tl.float32) * (w - a)
     tl.store(weights + at, w, live)
     tl.store(average + at, a, live)
     tl.store(mean + at, m, live)

@@ -239,7 +239,8 @@ Out: Any = namedtuple("Out", [*_FIELDS, *_OWN])  # type: ignore[misc]
 _SHAPES = {"cell": (3, 3), "bond_vector": (3,), "bond_image": (3,), "bond_edge": (2,), "bond_short": (2,)}
 _DTYPES = {
     **dict.fromkeys(("cell", "volume", "bond_vector"), torch.float64),
-    **dict.fromkeys(("edge_sign", "short_sign", "fits"), torch.int8),
+    **dict.fromkeys(("edge_sign", "short_sign"), torch.int8),
+    "fits": torch.bool,
 }
 
 
@@ -279,7 +280,7 @@ def build_graph(
         enable_fp_fusion=False,
     )
     *fields, _, _, fits = out
-    return Batch(*fields), fits[0] != 0
+    return Batch(*fields), fits[0]
 
 
 def _empty(capacity: Capacity, device: torch.device) -> Any:

@@ -203,7 +203,7 @@ def pad_kernel(raw, room, sums, out, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK).to(tl.int64)
     bonds = room.short_bonds + room.long_bonds
     if block == 0:
-        tl.store(out.fits, fits.to(tl.int8))
+        tl.store(out.fits, fits)
     lengths = (room.systems + 1, room.atoms + 1, bonds, 2 * bonds, 2 * room.short_bonds + 1, room.angles)
     for kind in tl.static_range(6):
         n_blocks = tl.cdiv(lengths[kind], BLOCK)

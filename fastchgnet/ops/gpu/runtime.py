@@ -76,6 +76,11 @@ def body(
     return call
 
 
+def serves(tensor: Tensor) -> bool:
+    """Tell whether kernels serve where a tensor is; tests have them serve on the CPU, too."""
+    return tensor.is_cuda
+
+
 def _usable(device: torch.device) -> bool:
     """Tell whether Triton can work here; the CPU is where its interpreter runs."""
     return device.type != "cuda" or _usable_gpu(device.index)
