@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ def accept_all_three(family: Family, inputs: Sequence[Any], grads: Sequence[Any]
         made = family(*plain)
         made = (made,) if family.n_outputs == 1 else made
         grads = [torch.randn_like(t) if t.numel() else None for t in made]
-    nothing = [None] * family.n_derivatives
-    onto = [None if t is None else torch.randn_like(t) for t in plain[: family.n_derivatives]]
+    nothing = [None] * family.n_onto
+    targets = [*plain[: family.n_derivatives], *plain[: family.n_features]]
+    onto = [None if t is None else torch.randn_like(t) for t in targets]
     for with_parameters in (False, True):
         for before in (nothing, onto):
             torch.library.opcheck(family.backward, [with_parameters, *grads, *plain, *before])
@@ -38,6 +40,8 @@ def accept_all_three(family: Family, inputs: Sequence[Any], grads: Sequence[Any]
 def _check_sums(alone: Any, summed: Any, onto: Sequence[Tensor | None]) -> None:
     if isinstance(alone, Tensor):
         alone, summed = (alone,), (summed,)
-    for one, both, before in zip(alone, summed, onto, strict=True):
+    n = len(alone)
+    for one, both, before, more in zip_longest(alone, summed, onto[:n], onto[n:]):
         if before is not None:
-            torch.testing.assert_close(both, before + one if one.shape == before.shape else before)
+            expected = before if more is None else before + more
+            torch.testing.assert_close(both, expected + one if one.shape == before.shape else expected)

@@ -87,7 +87,7 @@ def test_single_precision_errs_by_a_few_last_digits() -> None:
         # what is drawn, vectors included, are numbers that both precisions have
         by_distance, by_edge, cotangent = (t.to(dtype) for t in drawn)
         given = [vector.detach().float().to(dtype), *constants]
-        first = op._family.backward(False, by_distance, by_edge, *given, None)
+        first = op._family.backward(False, by_distance, by_edge, *given, None, None)
         second = op._family.backward_backward(cotangent, by_distance, by_edge, *given)
         return [*op._family(*given), first, *second]
 

@@ -75,8 +75,10 @@ def _compile(kinds: list[str], precisions: list[str], capabilities: list[int]) -
                 with runtime.precision(precision):
                     gpu_message.forward(*inputs)
                     for with_parameters in (False, True):
-                        gpu_message.backward([None] * 7, with_parameters, grad, *inputs)
-                    gpu_message.backward(inputs[:7], True, grad, *inputs)
+                        gpu_message.backward([()] * 7, with_parameters, grad, *inputs)
+                    gpu_message.backward(
+                        [() if t is None else (t, t) for t in inputs[:7]], True, grad, *inputs
+                    )
                     message_second.backward_backward(tuple(inputs[:6]), grad, *inputs)
                 for width in (1, 3, 9):
                     rows = torch.zeros(130, width, dtype=torch.float64)

@@ -22,7 +22,7 @@ from fastchgnet.ops.gpu.message_second import backward_backward
 WIDTH = 16
 BODIES = (gpu_message.forward, gpu_message.backward, backward_backward)
 PYTORCH = (_message_torch.forward, adding(_message_torch.backward), _message_torch.backward_backward)
-NOTHING = (None,) * 7
+NOTHING = ((),) * 7
 
 # Relative to the largest element, against float64: norms divide by the spread of sixteen numbers, and the
 # interpreter errs by up to 6e-7. The matrix units' three products err a little more.
@@ -101,7 +101,7 @@ def levels(bodies: tuple, inputs: Any, grad: Tensor, cotangents: Any) -> list[Te
     forward, backward, second = bodies
     m = Inputs(*inputs)
     *first, by_parameters = backward(NOTHING, True, grad, *inputs)
-    before = [None if t is None else t.cos() for t in inputs[:7]]
+    before = [() if t is None else (t.cos(), t.sin())[: 1 + k % 2] for k, t in enumerate(inputs[:7])]
     *added, by_parameters_added = backward(before, True, grad, *inputs)
     *twice, by_parameters_twice = second(cotangents, grad, *inputs)
     parameters = (by_parameters, by_parameters_added, by_parameters_twice)

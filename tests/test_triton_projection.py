@@ -22,7 +22,7 @@ FLOAT32 = 1e-5
 
 KERNELS = (kernels.forward, kernels.backward, kernels.backward_backward)
 PYTORCH = (op._forward, adding(op._backward), op._backward_backward)
-NOTHING = (None,) * 5
+NOTHING = ((),) * 5
 
 
 def moved(given: Any, dtype: torch.dtype, device: str) -> list[Any]:
@@ -60,7 +60,7 @@ def check(run: Callable[..., list[Any]], *drawn: list[Any]) -> None:
 def levels(bodies: Any, given: list[Any], grads: list[Any], cotangents: list[Any]) -> list[Any]:
     """Results of all three levels."""
     forward, backward, second = bodies
-    before = [None if t is None else t.cos() for t in given[:5]]
+    before = [() if t is None else (t.cos(), t.sin())[: 1 + k % 2] for k, t in enumerate(given[:5])]
     found = [*forward(*given), *second(cotangents, grads, *given)]
     for onto in (NOTHING, before):
         for with_parameters in (False, True):

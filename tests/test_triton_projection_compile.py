@@ -63,7 +63,7 @@ def _compile(kinds: list[str], sizes: list[int], capabilities: list[int]) -> lis
             for compiler.capability in capabilities:
                 compiler.case = {"kind": kind, "n": n}
                 projection.forward(*given)
-                for onto in ([None] * 5, given[:5]):
+                for onto in ([()] * 5, [() if t is None else (t, t) for t in given[:5]]):
                     for with_parameters in (False, True):
                         projection.backward(onto, with_parameters, grads, *given)
                 projection.backward_backward(given[:3], grads, *given)

@@ -102,12 +102,12 @@ def test_sums_and_shares_are_added_to_what_there_is(n_shares: int) -> None:
     of_weights, of_biases = (torch.randn(n_shares, n, device=DEVICE) for n in (48, 16))
     onto = [torch.randn(*shape, device=DEVICE) for shape in ((7, 8), (3, 16))]
     wanted = [
-        gpu_segments.Terms(rows, by.start, by.order, onto[0]),
-        gpu_segments.shares(of_weights, 16, onto[1]),
-        gpu_segments.shares(of_biases, 16, None),
+        gpu_segments.Terms(rows, by.start, by.order, (onto[0], onto[0])),
+        gpu_segments.shares(of_weights, 16, (onto[1],)),
+        gpu_segments.shares(of_biases, 16, ()),
     ]
     found = gpu_segments.sum_all(wanted, n_shares)
-    expected = [segments.reference(rows, by) + onto[0], of_weights.sum(0).view(3, 16) + onto[1]]
+    expected = [segments.reference(rows, by) + 2 * onto[0], of_weights.sum(0).view(3, 16) + onto[1]]
     expected.append(of_biases.sum(0)[None])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import compress
+from itertools import compress, zip_longest
 from typing import Any
 
 import torch
@@ -60,8 +60,9 @@ def feature_derivatives_only() -> bool:
 class Family:
     """One differentiable op.
 
-    The library op of the VJP takes one more tensor for each feature and parameter, or None: `onto`, gradients
-    that it adds its own to.
+    The library op of the VJP takes more tensors, or None: `onto`, gradients that it adds its own to, one for
+    each feature and parameter, and one more for each feature from the next reader. To bodies they are a tuple
+    of tensors for each feature and parameter, often an empty one.
 
     Args:
         name: what it is called in torch.ops.fastchgnet.
@@ -105,14 +106,15 @@ class Family:
         grads = ", ".join(f"Tensor{optional} grad{n}" for n in range(n_outputs))
         self.names = name, f"{name}_backward", f"{name}_backward_backward"
         n = self.n_derivatives
-        onto = ", ".join(f"Tensor? onto{k}" for k in range(n))
+        self.n_onto = n + self.n_features
+        onto = ", ".join(f"Tensor? onto{k}" for k in range(self.n_onto))
         self._op = _defined(name, f"({inputs}) -> {_tensors(n_outputs)}", self._derivative, n_passed=n)
         self.forward = self._op.call
         self.backward = _defined(
             f"{name}_backward",
             f"(bool with_parameters, {grads}, {inputs}, {onto}) -> {_tensors(n)}",
             self._derivative_of_backward,
-            n_forgotten=n,
+            n_forgotten=self.n_onto,
         ).call
         self.backward_backward = define(
             f"{name}_backward_backward",
@@ -128,15 +130,14 @@ class Family:
 
     def read(self, shared: Mapping[int, Shared | None], *inputs: Any) -> Any:
         """Apply the op to inputs of which some, by number, are shared with ops that have yet to read them."""
-        given = list(inputs)
-        for n, one in shared.items():
-            given[n] = None if one is None else one.tensor
+        given, there = list(inputs), {n: one for n, one in shared.items() if one is not None}
+        for n, one in there.items():
+            given[n] = one.tensor
         if not torch.is_grad_enabled():
             return self.forward(*given)
-        outputs, passed = self._op.apply(given)
-        for n, one in shared.items():
-            if one is not None:
-                one.tensor = passed[n]
+        outputs, passed = self._op.apply(given, list(there))
+        for one, tensor in zip(there.values(), passed, strict=True):
+            one.tensor = tensor
         return outputs
 
     def on_cuda(self, forward: _Function, backward: _Function, backward_backward: _Function) -> None:
@@ -158,11 +159,16 @@ class Family:
         """Make a library op of a backward function."""
 
         def call(with_parameters: bool, *given: Any) -> Any:
-            grad, inputs = self._apart(given[: -self.n_derivatives])
-            found = body(given[-self.n_derivatives :], with_parameters, grad, *inputs)
+            grad, inputs = self._apart(given[: -self.n_onto])
+            found = body(self._onto(given[-self.n_onto :]), with_parameters, grad, *inputs)
             return _filled(found, self.n_derivatives, inputs)
 
         return call
+
+    def _onto(self, given: Sequence[Any]) -> list[tuple[Tensor, ...]]:
+        """Sort what a derivative is to be added to by feature and parameter."""
+        pairs = zip_longest(given[: self.n_derivatives], given[self.n_derivatives :])
+        return [tuple(t for t in pair if t is not None) for pair in pairs]
 
     def _second(self, body: _Function) -> _Function:
         """Make a library op of a function that differentiates the backward one."""
@@ -199,12 +205,14 @@ class Family:
     def _derivative(
         self, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        grads, onto = grads[: self.n_outputs], grads[self.n_outputs :]
+        grads, onto = grads[: self.n_outputs], grads[self.n_outputs :][: self.n_onto]
         if all(grad is None for grad in grads):
-            return (*onto, *[None] * (len(inputs) - len(onto)))
+            alone = added([None] * self.n_derivatives, self._onto(onto))
+            return (*alone, *[None] * (len(inputs) - len(alone)))
         with_parameters = not feature_derivatives_only() and any(needed[self.n_features : self.n_derivatives])
         n = self.n_derivatives if with_parameters else self.n_features
-        onto = [*_contiguous(onto[:n]), *[None] * (self.n_derivatives - n)]
+        unasked = [None] * (self.n_derivatives - n)
+        onto = [*_contiguous(onto[:n]), *unasked, *_contiguous(onto[self.n_derivatives :])]
         # nothing differentiates a derivative that is taken without gradients
         below = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
         with below:
@@ -220,27 +228,30 @@ class Family:
         features = _contiguous(cotangents[: self.n_features])
         if all(u is None for u in features):
             return (None,) * len(inputs)
-        n = len(inputs) - self.n_derivatives
+        n = len(inputs) - self.n_onto
         found = self.backward_backward(*features, *inputs[1:n])
-        onto = [u if need else None for u, need in zip(cotangents, needed[n:], strict=True)]
+        by_onto = (*cotangents, *cotangents[: self.n_features])
+        onto = [u if need else None for u, need in zip(by_onto, needed[n:], strict=True)]
         return (None, *_wanted(found, inputs[1:n], needed[1:n]), *onto)
 
 
 def adding(body: _Function) -> _Function:
     """Make a backward body that takes `onto` first of one that does not."""
 
-    def call(onto: Sequence[Tensor | None], *given: Any) -> list[Tensor | None]:
+    def call(onto: Sequence[tuple[Tensor, ...]], *given: Any) -> list[Tensor | None]:
         return added(body(*given), onto)
 
     return call
 
 
-def added(found: Sequence[Tensor | None], onto: Sequence[Tensor | None]) -> list[Tensor | None]:
+def added(found: Sequence[Tensor | None], onto: Sequence[tuple[Tensor, ...]]) -> list[Tensor | None]:
     """Add to gradients, in place, those that they are to be added to."""
-    return [
-        t if before is None else before.clone() if t is None else t.add_(before)
-        for t, before in zip(found, onto, strict=False)
-    ]
+    sums = []
+    for total, before in zip(found, onto, strict=False):
+        for one in before:
+            total = one.clone() if total is None else total.add_(one)
+        sums.append(total)
+    return sums
 
 
 def no_derivative(*_: Any) -> Any:
@@ -262,14 +273,15 @@ def define(name: str, schema: str, derivative: _Function) -> Any:
 def _defined(name: str, schema: str, derivative: _Function, n_passed: int = 0, n_forgotten: int = 0) -> _Op:
     """Define a library op that passes its first inputs on, and whose derivative does not read the last ones.
 
-    The derivative is given gradients of the outputs and then of the inputs that are passed on.
+    The derivative is given gradients of the outputs and, where inputs are passed on, those of what it reads
+    of these itself, and then those of what the next reader does.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = _Op(getattr(torch.ops.fastchgnet, name).default, derivative, n_passed, n_forgotten)
 
     def apply(*inputs: Any) -> Any:
         if torch.is_grad_enabled():
-            return op.apply(inputs)[0]
+            return op.apply(inputs, ())[0]
         with torch._C._AutoDispatchBelowAutograd():
             return op.call(*inputs)
 
@@ -297,12 +309,10 @@ class _Op:
         n_read = len(arguments) - n_forgotten
         self.is_saved = ["Tensor" in str(a.type) and k < n_read for k, a in enumerate(arguments)]
 
-    def apply(self, inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-        """Apply the op in autograd's graph; return its outputs, and the inputs that it passes on."""
-        made = _Differentiable.apply(self, *inputs)
-        passed = list(inputs[: self.n_passed])
-        for k, t in zip(_with_gradient(passed), made[self.n_outputs :], strict=True):
-            passed[k] = t
+    def apply(self, inputs: Sequence[Any], shared: Sequence[int]) -> tuple[Any, Sequence[Tensor]]:
+        """Apply the op in autograd's graph; return its outputs, and shared inputs for their next readers."""
+        made = _Differentiable.apply(self, shared, *inputs)
+        passed = made[len(made) - len(shared) :]
         return made[0] if self.n_outputs == 1 else made[: self.n_outputs], passed
 
 
@@ -310,18 +320,19 @@ class _Differentiable(torch.autograd.Function):
     """A library op in autograd's graph. Keeps every input: what is in between is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, op: _Op, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, op: _Op, shared: Sequence[int], *inputs: Any) -> tuple[Tensor, ...]:
         given = list(inputs)
-        ctx.passed = _with_gradient(given[: op.n_passed])
-        for k in ctx.passed:
+        ctx.own = [k for k, t in enumerate(given[: op.n_passed]) if isinstance(t, Tensor) and t.requires_grad]
+        for k in ctx.own:
             given[k] = given[k].detach()  # the same numbers, as an output
-        ctx.op = op
+        ctx.op, ctx.shared = op, shared
         ctx.save_for_backward(*compress(given, op.is_saved))
         ctx.constants = [None if isinstance(t, Tensor) else t for t in given]
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
             made = op.call(*inputs)
-        return (*((made,) if op.n_outputs == 1 else made), *(given[k] for k in ctx.passed))
+        own = [given[k] for k in ctx.own]
+        return (*((made,) if op.n_outputs == 1 else made), *own, *(inputs[k].detach() for k in shared))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -330,14 +341,11 @@ class _Differentiable(torch.autograd.Function):
             next(tensors) if saved else constant
             for saved, constant in zip(op.is_saved, ctx.constants, strict=True)
         ]
-        onto: list[Tensor | None] = [None] * op.n_passed
-        for k, grad in zip(ctx.passed, grads[op.n_outputs :], strict=True):
-            onto[k] = grad
-        return (None, *op.derivative(inputs, ctx.needs_input_grad[1:], (*grads[: op.n_outputs], *onto)))
-
-
-def _with_gradient(inputs: Sequence[Any]) -> list[int]:
-    return [k for k, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad]
+        onto: list[Tensor | None] = [None] * (2 * op.n_passed)
+        places = [*ctx.own, *(op.n_passed + k for k in ctx.shared)]
+        for place, grad in zip(places, grads[op.n_outputs :], strict=True):
+            onto[place] = grad
+        return (None, None, *op.derivative(inputs, ctx.needs_input_grad[2:], (*grads[: op.n_outputs], *onto)))
 
 
 def _tensors(n: int) -> str:

@@ -81,7 +81,7 @@ class Gradients(NamedTuple):
     h: Any  # [N, 2D]
     w: Any  # [N, D]
     a: Any  # [N, D]
-    onto_a: Any  # [N, D] what a is added to
+    onto_a: Any  # [N, D] each, what a is added to
     parameters: Any  # [programs, number of parameters]
 
 
@@ -202,8 +202,8 @@ def _backward_kernel(
         write(found.h + D, index[3], live, dh_gate, 2 * D, D)
         if m.a is not None:
             da = zeros(BLOCK, D) if m.w is not None else read(grad, index[3], live, D, D)
-            if found.onto_a is not None:
-                da += read(found.onto_a, index[3], live, D, D)
+            for n in tl.static_range(len(found.onto_a)):
+                da += read(found.onto_a[n], index[3], live, D, D)
             da, sums_core = rows_backward(
                 dh_core, da, a_ND, rows_core, sums_core, WITH_PARAMETERS, D, PRECISION
             )
@@ -236,7 +236,7 @@ class Launch:
         )
 
     def gradients(
-        self, tile: Tile, with_parameters: bool, with_tangent: bool, onto_a: Tensor | None = None
+        self, tile: Tile, with_parameters: bool, with_tangent: bool, onto_a: tuple[Tensor, ...] = ()
     ) -> Gradients:
         """Make what a kernel writes."""
         m, d = self.m, self.width
@@ -274,7 +274,7 @@ class Launch:
         m = self.m
         return Rows(*m[:6], *m.unpacked(m.parameters), m.i, m.j, m.k)
 
-    def sums(self, found: Gradients, onto: Sequence[Any] = (None,) * 7) -> list[Tensor | None]:
+    def sums(self, found: Gradients, onto: Sequence[Any] = ((),) * 7) -> list[Tensor | None]:
         """Sum rows and shares: gradients of G, unless there is none, of features and parameters."""
         m, n_r = self.m, len(self.m.r)
         wanted = {
@@ -315,7 +315,7 @@ def forward(*inputs: Any) -> Tensor:
 
 
 def backward(
-    onto: Sequence[Tensor | None], with_parameters: bool, grad: Tensor, *inputs: Any
+    onto: Sequence[tuple[Tensor, ...]], with_parameters: bool, grad: Tensor, *inputs: Any
 ) -> list[Tensor | None]:
     if not fits(inputs):
         return pytorch_backward(onto, with_parameters, grad, *inputs)

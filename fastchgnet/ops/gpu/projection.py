@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastchgnet.ops import projection
-from fastchgnet.ops._register import adding
+from fastchgnet.ops._register import added, adding
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.gpu.projection_tiles import project, pull, weigh
 from fastchgnet.ops.gpu.segments import shares, sum_all
@@ -70,8 +70,8 @@ class Pulled(NamedTuple):
     t: Any  # [n_ends or n, D]
     t_weight: Any  # [n, D], what h is multiplied with for t
     w: Any  # [n, D]
-    onto_t: Any = None  # [n_ends or n, D] what these two are added to
-    onto_w: Any = None  # [n, D]
+    onto_t: Any = ()  # [n_ends or n, D] each, what t is added to
+    onto_w: Any = ()  # [n, D] each
 
 
 class Factors(NamedTuple):
@@ -177,7 +177,7 @@ class Launch:
         n_programs = kinds * triton.cdiv(self.n_rows, rows)
         self._run(_backward_kernel, n_programs, rows, given, self.grads, found, made, self.n_rows)
 
-    def parameters(self, given: Given, factors: Factors, onto: Sequence[Any] = (None, None)) -> list[Any]:
+    def parameters(self, given: Given, factors: Factors, onto: Sequence[Any] = ((), ())) -> list[Any]:
         """Return the gradients of the weights and of the biases, added to what there is of them."""
         m, bias = self.m, given.bias
         n_matrices = m.weight.numel() // self.width**2
@@ -253,7 +253,7 @@ def backward(onto: Sequence[Any], with_parameters: bool, grads: Sequence[Any], *
     update = with_parameters and m.t is not None
     made = Made(_like(m.s), _like(m.s), _padded([])) if update else None
     launch.backward(given, found, made)
-    by_s = found.s if onto[0] is None else found.s + onto[0]  # which is a factor below
+    (by_s,) = added([found.s.clone() if onto[0] else found.s], onto)  # itself, it is a factor below
     features = [by_s, found.t, found.w]
     if not with_parameters:
         return features

@@ -48,16 +48,21 @@ def _put(table, index, values, ENDS: tl.constexpr, WIDTH: tl.constexpr, D: tl.co
 
 
 @triton.jit
+def _plus(values, before, row, live, D: tl.constexpr):
+    for n in tl.static_range(len(before)):
+        values += read(before[n], row, live, D, D)
+    return values
+
+
+@triton.jit
 def _put_onto(table, before, index, values, ENDS: tl.constexpr, D: tl.constexpr):
-    """Write rows or ends, added to what was there before, if anything was."""
+    """Write rows, or write them at both of their ends, added to what was there before."""
     row, first, second, live = index
-    if before is None:
-        _put(table, index, values, ENDS, D, D)
-    elif ENDS:
-        write(table, first, live, values + read(before, first, live, D, D), D, D)
-        write(table, second, live, values + read(before, second, live, D, D), D, D)
+    if ENDS:
+        write(table, first, live, _plus(values, before, first, live, D), D, D)
+        write(table, second, live, _plus(values, before, second, live, D), D, D)
     else:
-        write(table, row, live, values + read(before, row, live, D, D), D, D)
+        write(table, row, live, _plus(values, before, row, live, D), D, D)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ class Terms(NamedTuple):
     rows: Any  # [N, width]
     start: Any  # [n + 1]; None where rows 0, n, 2n and so on are the first segment's: shares of [n, width]
     order: Any = None  # [any number] rows, or None where they are as they stand
-    onto: Any = None  # [n, width] what they are added to
+    onto: Any = ()  # [n, width] each, what they are added to
 
 
 class Sum(NamedTuple):
@@ -41,9 +41,9 @@ class Sum(NamedTuple):
     out: Any  # [n, width]
 
 
-def shares(found: Tensor, width: int, onto: Tensor | None) -> Terms:
+def shares(found: Tensor, width: int, onto: Sequence[Tensor]) -> Terms:
     """Sum the rows of a table, [number of shares, any multiple of width], to its [any multiple of width]."""
-    return Terms(found.view(-1, width), None, None, None if onto is None else onto.view(-1, width))
+    return Terms(found.view(-1, width), None, None, tuple(t.view(-1, width) for t in onto))
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def _sum_block(
     segment = block.to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
     at = segment[:, None] * WIDTH + column[None, :]
     within = (segment < n_segments)[:, None] & (column < WIDTH)[None, :]
-    if job.terms.onto is not None:
-        total += tl.load(job.terms.onto + at, mask=within, other=0.0)
+    for n in tl.static_range(len(job.terms.onto)):
+        total += tl.load(job.terms.onto[n] + at, mask=within, other=0.0)
     tl.store(job.out + at, total, mask=within)
 
 
