@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from crystals import crystals
 from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_ops_angular_basis import blocks
 from test_ops_pair_forces import arguments as pair_arguments
@@ -15,6 +16,7 @@ from torch import Tensor
 from triton import jit
 from triton import language as tl
 
+from fastchgnet.neighbors import build_graph, systems_from_atoms
 from fastchgnet.ops import angular_basis, envelope, pair_forces, radial_basis
 from fastchgnet.ops.gpu import angular_basis as gpu_angular_basis
 from fastchgnet.ops.gpu import pair_forces as gpu_pair_forces
@@ -126,6 +128,19 @@ def test_pair_forces(n_bonds: int, n: int, volume: float) -> None:
     found = gpu_pair_forces.backward(pulls, arm, *(g.to(DEVICE) for g in grads), *ends)
     expected = pair_forces._backward(*given[:2], *grads, *(t.cpu() for t in ends))
     torch.testing.assert_close(tuple(t.cpu() for t in found), expected, **tolerance)
+
+
+def test_forces_and_stress_of_a_large_crystal() -> None:
+    """More atoms than are added up at once, beside a small crystal."""
+    large, small = crystals()[1].repeat(3), crystals()[0]
+    batch = build_graph(systems_from_atoms([large, small]), 3.0, 2.9)
+    arm = batch.bond_vector.float()
+    graph = [getattr(batch, name) for name in pair_forces._Graph._fields]
+    given = arm[:, None] * torch.linspace(-1, 1, len(arm))[:, None, None], arm, *graph
+    found = gpu_pair_forces.forward(*(t.to(DEVICE) for t in given))
+    expected = pair_forces._forward(*given)
+    # one rounding to float32, at the end
+    torch.testing.assert_close(tuple(t.cpu() for t in found), expected, rtol=1.2e-7, atol=1e-7)
 
 
 @jit

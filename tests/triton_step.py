@@ -6,8 +6,8 @@ Run as a script, in a process of its own: it registers the bodies for CUDA on th
 interpreter takes them. One step counts, as replayed from a recording; OUT gets what it computes, and the
 counts are printed as JSON, by part of the step and by name.
 
-Counted are our launches, copies from the host, and PyTorch's operators, each as one kernel, but not those
-that only allocate or return a view.
+Counted are our launches, copies from the host, and PyTorch's operators but for those that only allocate or
+return a view. An operator counts as one kernel, where it is not known to be several.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+_TWO = {"select_backward", "slice_backward", "embedding_dense_backward", "dot"}
+"""Operators that begin with a fill, or end with a sum, in a kernel of its own."""
 _MOST_TENSORS = 64
 """What one launch of an operator on lists of tensors takes; tensors that do not lie alike take one each."""
 
@@ -48,7 +50,7 @@ class Counting(TorchDispatchMode):
         found = op(*args, **(kwargs or {}))
         namespace, name, *_ = str(op).split(".")
         if namespace == "aten" and name not in _ALLOCATES and not _is_view(op, args, found):
-            self.add(f"aten::{name}", _launches(args) if name.startswith("_foreach") else 1)
+            self.add(f"aten::{name}", _launches(name, args))
         return found
 
     def add(self, name: str, n: int = 1) -> None:
@@ -89,8 +91,10 @@ def _is_view(op: Any, args: tuple, found: Any) -> bool:
     return not op._schema.is_mutable and all(t.untyped_storage().data_ptr() in storages for t in made)
 
 
-def _launches(args: tuple) -> int:
-    """How often an operator on lists of tensors is launched."""
+def _launches(name: str, args: tuple) -> int:
+    """How many kernels an operator is."""
+    if not name.startswith("_foreach"):
+        return 2 if name in _TWO else 1
     lists = [x for x in args if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)]
     alike = len({t.dtype for tensors in lists for t in tensors}) == 1
     alike &= all(len({t.stride() for t in together}) == 1 for together in zip(*lists, strict=True))
