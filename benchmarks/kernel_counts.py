@@ -21,9 +21,9 @@ N_FRAMES = 2
 LABEL = "counted under Triton's interpreter, no GPU"
 NOTE = (
     "One step of the trainer as replayed from a recording: frames that live on the device, graphs built "
-    "there, static shapes, one process. Names with :: are PyTorch's operators, counted as one kernel where "
-    "they are not known to be several, without those that only allocate or return a view; names with a dot "
-    "are our own launches. Libraries may choose two kernels for a product: this is an estimate. "
+    "there, static shapes, one process. Names with :: are PyTorch's operators, without those that only "
+    "allocate or return a view, counted as one kernel where they are not known to be several; names with a "
+    "dot are our own launches. Libraries may choose two kernels for a product: this is an estimate. "
     "tests/test_triton_model.py compares the step's gradient and new weights with float64, and its counts "
     "with those of half the batch."
 )
