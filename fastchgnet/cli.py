@@ -227,8 +227,9 @@ def evaluate(
     from fastchgnet.data.store import Store
     from fastchgnet.evaluate import evaluate
     from fastchgnet.published import load
-    from fastchgnet.report import progress_bar, show_evaluation
+    from fastchgnet.report import check_report, progress_bar, show_evaluation
 
+    check_report(out)
     potential, data = load(model, device, dtype), Store.verified(store)
     indices = data.split(split, seed)
     with progress_bar("evaluate", len(indices)) as progress:
@@ -288,7 +289,10 @@ def inspect(
 
     from fastchgnet.data import report
     from fastchgnet.data.store import Store
+    from fastchgnet.files import check_new
 
+    if png:
+        check_new(png)
     opened = Store.verified(store)
     if png:
         report.plot(opened, png)

@@ -19,7 +19,7 @@ from fastchgnet.data.frame import Frame
 from fastchgnet.data.layout import printable
 from fastchgnet.data.reading import ReadOptions
 from fastchgnet.errors import InputError
-from fastchgnet.files import write_atomically
+from fastchgnet.files import check_new, write_atomically
 from fastchgnet.graph import Output, Systems
 from fastchgnet.neighbors import graph_sizes, systems_from_atoms
 from fastchgnet.potential import Potential
@@ -234,8 +234,14 @@ def predict_crystals(
 
 
 def check_output(path: Path | None) -> None:
-    """Raise InputError where predictions cannot be written under this name."""
-    if path is not None and path.suffix not in (".json", ".extxyz"):
+    """Raise InputError where predictions cannot be written under this name, or something is there."""
+    if path is not None:
+        _check_suffix(path)
+        check_new(path)
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".json", ".extxyz"):
         raise InputError(f"{path}: predictions are written as .json or .extxyz")
 
 
@@ -250,7 +256,7 @@ def write_predictions(predictions: Sequence[FilePrediction], path: Path) -> None
     Raises:
         InputError: the name ends in neither, or the file cannot be written.
     """
-    check_output(path)
+    _check_suffix(path)
     if path.suffix == ".json":
         text = to_json(predictions) + "\n"
     else:

@@ -70,6 +70,14 @@ class Member:
     temperature: float  # K
     replica: int
 
+    def trajectory(self, folder: Path) -> Path:
+        """The trajectory of this crystal in the folder of its run."""
+        return folder / f"{self.name}.extxyz"
+
+    def log(self, folder: Path) -> Path:
+        """The log of this crystal in the folder of its run."""
+        return folder / f"{self.name}.csv"
+
 
 class Sums:
     """Sums over the rows of each log, of which means and drifts are made without the rows."""
@@ -145,23 +153,27 @@ class RunFolder:
 
     def trajectory(self, number: int) -> Path:
         """The trajectory of a crystal."""
-        return self.folder / f"{self.members[number].name}.extxyz"
+        return self.members[number].trajectory(self.folder)
 
     def log(self, number: int) -> Path:
         """The log of a crystal."""
-        return self.folder / f"{self.members[number].name}.csv"
+        return self.members[number].log(self.folder)
 
     def begin(self, dynamics: MolecularDynamics) -> None:
-        """Start empty files with the frames before the first step.
+        """Start files, which must not exist, with the frames before the first step.
 
         Raises:
             InputError: the folder or the disk does not take them.
         """
+        self._sizes = {
+            file(n).name: 0 for n in range(len(self.members)) for file in (self.log, self.trajectory)
+        }
+        self.save(dynamics)  # from now on they are this run's, wherever it is killed
+        self._start(dynamics)
+
+    def _start(self, dynamics: MolecularDynamics) -> None:
         for number in range(len(self.members)):
-            write_atomically(self.log(number), ",".join(COLUMNS) + "\n")
-            write_atomically(self.trajectory(number), "")
-            self._sizes[self.log(number).name] = self.log(number).stat().st_size
-            self._sizes[self.trajectory(number).name] = 0
+            self._write(self.log(number), ",".join(COLUMNS) + "\n")
         self.record(dynamics, math.nan)
         self.save(dynamics)
 
@@ -242,6 +254,8 @@ class RunFolder:
         self._n_lost = len(header.lost)
         lost = [Lost(number, step, reason, None) for number, step, reason in header.lost]
         dynamics.restore(state, header.members, lost)
+        if not any(self._sizes.values()):
+            self._start(dynamics)
 
     @staticmethod
     def _cut(path: Path, size: int) -> None:

@@ -94,7 +94,7 @@ def relax_in_terminal(
     task.check(files)
     if report is not None:
         require_libraries()
-    check_report(report, [*files, task.out, task.out.with_suffix(".jsonl")])
+    check_report(report, [*files, task.out, task.lines], task.lines.exists())
     inputs = read_inputs(files)
     rows: list[Row] = []
     finished = True
@@ -105,7 +105,7 @@ def relax_in_terminal(
         rows, finished = outcome.rows, outcome.finished
         if report is not None:
             _write_report(report, outcome, task)
-        _show(rows, task.out, as_json)
+        _show(rows, task, as_json)
     failed = [row for row in rows if row["failed"]]
     for error in inputs.errors:
         print(f"error: {error}", file=sys.stderr)
@@ -120,13 +120,13 @@ def relax_in_terminal(
     return 1 if len(rows) > len(failed) else 2
 
 
-def _show(rows: Sequence[Row], out: Path, as_json: bool) -> None:
+def _show(rows: Sequence[Row], task: Task, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, allow_nan=False))
         return
-    sentences = [_summary(rows), f"Crystals in {out}, every step's energy in {out.with_suffix('.jsonl')}."]
+    sentences = [_summary(rows), f"Crystals in {task.out}, every step's energy in {task.lines}."]
     if len(rows) > SHOWN:
-        sentences.insert(0, f"{len(rows) - SHOWN} more are in {out.with_suffix('.jsonl')}.")
+        sentences.insert(0, f"{len(rows) - SHOWN} more are in {task.lines}.")
     print_tables([_table(rows[:SHOWN])] if rows else [], sentences)
 
 
