@@ -18,6 +18,7 @@ from fastchgnet.data.formats import scan_frames
 from fastchgnet.data.frame import Frame
 from fastchgnet.data.layout import printable
 from fastchgnet.data.reading import ReadOptions
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
 from fastchgnet.files import check_new, write_atomically
 from fastchgnet.graph import Output, Systems
@@ -67,6 +68,7 @@ class Prediction:
         }
 
 
+@own_settings
 def predict(
     potential: Potential, structures: Sequence[Atoms | Structure], batch_size: int = 64
 ) -> list[Prediction]:
@@ -297,7 +299,7 @@ def pack(sizes: NDArray[np.int64], batch_size: int) -> list[slice]:
     return [*batches, slice(start, len(sizes))] if len(sizes) else []
 
 
-@torch.inference_mode(False)  # whose tensors have no derivatives
+@own_settings
 def predict_batch(potential: Potential, systems: Systems) -> Output:
     """Predict one batch that fits in memory, and bring the result to the host."""
     potential.eval()

@@ -18,6 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fastchgnet.config import ModelConfig, Provenance
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 from fastchgnet.potential import Potential
@@ -66,6 +67,7 @@ def save_potential(
     write_atomically(Path(f"{path}.json"), readable)
 
 
+@own_settings
 def load_potential(path: str | Path) -> Potential:
     """Rebuild the potential saved at `path`, on the CPU, in evaluation mode and in the dtype it was saved in.
 

@@ -35,6 +35,7 @@ from fastchgnet.data.layout import (
     group_hash,
     one_line,
 )
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
 from fastchgnet.files import lock, refuse_existing, sync_folder, write_atomically
 from fastchgnet.graph import Systems
@@ -58,6 +59,7 @@ class Journal(Config):
     skipped: tuple[str, ...] = ()
 
 
+@own_settings
 def write_store(
     frames: Iterable[Frame | InputError],
     out: Path | str,
