@@ -173,6 +173,21 @@ def test_a_state_that_is_not_of_the_run_is_refused(cli: Cli) -> None:
     assert cli("md", "two.xyz", *run, "--resume") == (0, [])
 
 
+def test_a_state_with_a_damaged_byte_is_refused(cli: Cli) -> None:
+    ase.io.write("iron.xyz", crystals()[3])
+    run = ("iron.xyz", "--steps", 2, "--interval", 1, "--out", "run")
+    assert cli("md", *run) == (0, [])
+    path = Path("run/restart.safetensors")
+    whole = path.read_bytes()
+    for place in (-1, -20, -90):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[len(whole) + place + 1 :])
+        status, lines = cli("md", *run, "--resume")
+        assert status == 2 and len(lines) == 1
+        assert lines[0].startswith(f"error: {path}: damaged, ") and "checksum does not match" in lines[0]
+    path.write_bytes(whole)
+    assert cli("md", *run, "--resume") == (0, [])
+
+
 def test_velocities_beside_frames_that_cannot_be_read(cli: Cli) -> None:
     moving = crystals()[3]
     moving.set_velocities([[0.01, 0, 0]])

@@ -35,6 +35,7 @@ from fastchgnet.sim.md.integrators import PER_ATOM, State
 from fastchgnet.sim.md.loop import Lost, MolecularDynamics, Snapshot
 from fastchgnet.sim.outputs import plain_name
 from fastchgnet.units import GPA
+from fastchgnet.weights import CHECKSUM, check, checksum
 
 RESTART = "restart.safetensors"
 
@@ -218,7 +219,9 @@ class RunFolder:
             "members": dynamics.members,
             "lost": [lost[:3] for lost in dynamics.lost],
         }
-        write_atomically(self.folder / RESTART, to_safetensors(tensors, {"run": json.dumps(header)}))
+        metadata = {"run": json.dumps(header)}
+        metadata[CHECKSUM] = checksum(tensors, metadata)
+        write_atomically(self.folder / RESTART, to_safetensors(tensors, metadata))
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - start
 
@@ -231,9 +234,12 @@ class RunFolder:
         path = self.folder / RESTART
         try:
             with safe_open(path, framework="pt") as file:
-                header = _Header.model_validate_json(file.metadata()["run"])
-                state = State(*(file.get_tensor(name) for name in State._fields))
-                table = file.get_tensor("sums").numpy().copy()
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in (*State._fields, "sums")}
+            check(tensors, metadata)
+            header = _Header.model_validate_json(metadata["run"])
+            state = State(*(tensors[name] for name in State._fields))
+            table = tensors["sums"].numpy().copy()
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: damaged, or not the state of a run ({one_line(error)})") from error
         if differing := _difference(header.options, self.options):
