@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from fastchgnet.cli import main
 from fastchgnet.config import ModelConfig
+from fastchgnet.sim.md.files import read_log
+from fastchgnet.sim.outputs import read_frames
 from fastchgnet.weights import fingerprint, save_potential
 
 SMALL = ModelConfig(atom_cutoff=4.0, n_radial=5, n_angular=5, readout_hidden=(16,))
@@ -186,6 +188,17 @@ def test_a_state_with_a_damaged_byte_is_refused(cli: Cli) -> None:
         assert lines[0].startswith(f"error: {path}: damaged, ") and "checksum does not match" in lines[0]
     path.write_bytes(whole)
     assert cli("md", *run, "--resume") == (0, [])
+
+
+def test_some_frames_and_rows_are_read(cli: Cli) -> None:
+    ase.io.write("iron.xyz", crystals()[0])
+    assert cli("md", "iron.xyz", "--steps", 6, "--interval", 1, "--out", "run") == (0, [])
+    (path,) = Path("run").glob("*.extxyz")
+    every = ase.io.read(path, ":")
+    for kept in ([], [0], [6], [0, 1, 5, 6], [2, 4]):
+        assert list(read_frames(path, kept)) == [every[index] for index in kept]
+        assert read_log(path.with_suffix(".csv"), kept)["step"] == kept
+    assert list(read_frames(path, [5, 7, 9])) == [every[5]]  # there are no more
 
 
 def test_velocities_beside_frames_that_cannot_be_read(cli: Cli) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import glob
+import io
 import math
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastchgnet.errors import InputError
 from fastchgnet.files import check_writable, refuse_existing
 from fastchgnet.markup import is_page
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 _OTHER_FORMATS = re.compile("POSCAR|CONTCAR|CENTCAR|OUTCAR|XDATCAR|CONFIG")
 """ASE takes a file with one of these in its name for another format, whatever its suffix."""
@@ -36,6 +43,23 @@ def remove_parts(path: Path) -> None:
     """Remove what killed processes have left of `write_atomically`; only for who has locked `path`."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.part"):
         part.unlink(missing_ok=True)
+
+
+def read_frames(path: Path, indices: Iterable[int]) -> Iterator[Atoms]:
+    """Yield some frames of an .extxyz file of ours, given in ascending order; the others are passed over."""
+    from ase.io.extxyz import read_extxyz
+
+    with path.open(encoding="utf-8") as file:
+        number = 0
+        for index in indices:
+            for passed in range(number, index + 1):
+                if not (head := file.readline()):
+                    return
+                body = islice(file, int(head) + 1)
+                if passed < index:
+                    deque(body, maxlen=0)
+            yield next(read_extxyz(io.StringIO(head + "".join(body))))
+            number = index + 1
 
 
 def check_report(path: Path | None, files: Sequence[Path], goes_on: bool) -> None:

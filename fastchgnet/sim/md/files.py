@@ -7,13 +7,12 @@ missing.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -315,11 +314,16 @@ class RunFolder:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def read_log(path: Path) -> dict[str, list[float]]:
-    """Return the columns of a log; what is not there is NaN."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
+def read_log(path: Path, rows: Iterable[int] | None = None) -> dict[str, list[float]]:
+    """Return the columns of a log, or those of some of its rows; a value that is not there is NaN."""
+    with path.open(encoding="utf-8") as file:
+        file.readline()
+        lines: Iterable[str] = file
+        if rows is not None:
+            kept = set(rows)
+            lines = (line for number, line in enumerate(file) if number in kept)
+        table = [[float(value or "nan") for value in line.rstrip("\n").split(",")] for line in lines]
+    return {name: [row[place] for row in table] for place, name in enumerate(COLUMNS)}
 
 
 def file_name(number: int, file: str, temperature: float) -> str:

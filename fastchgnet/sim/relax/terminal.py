@@ -6,18 +6,18 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ase import Atoms
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastchgnet.published import load
 from fastchgnet.report import Table, print_tables, text
-from fastchgnet.sim.outputs import check_report
-from fastchgnet.sim.page import Panel, require_libraries, write_page
+from fastchgnet.sim.outputs import check_report, read_frames
+from fastchgnet.sim.page import Line, Movie, Panel, require_libraries, write_page
 from fastchgnet.sim.relax.files import Outcome, Task, read_inputs, relax_files, trajectory_path
 from fastchgnet.sim.relax.record import Row
 from fastchgnet.train.signals import stop_request
@@ -168,9 +168,9 @@ def _write_report(path: Path, outcome: Outcome, task: Task) -> None:
     for row in rows:
         name, steps = f"{row['file']}:{row['index']} {row['formula']}", range(len(row["energies"]))
         above = [1000 * (energy - row["energy"]) / row["n_atoms"] for energy in row["energies"]]
-        energies[name] = (steps, above)
-        forces[name] = (steps, row["fmaxs"])
-    movies: dict[str, list[Atoms]] = {}
+        energies[name] = Line.of(steps, above)
+        forces[name] = Line.of(steps, row["fmaxs"])
+    movies: dict[str, Movie] = {}
     for place, (file, index) in enumerate(outcome.inputs.keys):
         if (file, index) in outcome.record.rows and len(movies) < MOVIES:
             movies[f"{file}:{index}"] = _movie(outcome, place, task)
@@ -192,11 +192,10 @@ def _write_report(path: Path, outcome: Outcome, task: Task) -> None:
     )
 
 
-def _movie(outcome: Outcome, place: int, task: Task) -> list[Atoms]:
-    """Return every step of a crystal where these have been written, else the first and the last."""
+def _movie(outcome: Outcome, place: int, task: Task) -> Movie:
+    """Show every step of a crystal where these have been written, else the first and the last."""
     crystal, key = outcome.inputs.crystals[place], outcome.inputs.keys[place]
     if task.trajectory is not None and (path := trajectory_path(task.trajectory, key)).is_file():
-        from ase.io import read
-
-        return list(read(path, ":", format="extxyz"))
-    return [crystal.as_atoms(), outcome.record.crystal(key)]
+        row = outcome.record.rows[key]
+        return Movie(len(row["energies"]), row["n_atoms"], partial(read_frames, path))
+    return Movie.of([crystal.as_atoms(), outcome.record.crystal(key)])
