@@ -69,7 +69,7 @@ def check_writable(path: Path) -> None:
     Raises:
         InputError: it is a folder, or the one that it would be in takes no such file.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{path}: cannot be written (it is a folder)")
     _probe(path, path.absolute().parent, path.name)
 

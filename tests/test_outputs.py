@@ -61,10 +61,11 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_run(cli: Cli, comma
     pytest.importorskip("plotly")
     ase.io.write("iron.xyz", crystals()[3])
     before = Path("iron.xyz").read_bytes()
-    Path("folder").mkdir()
+    Path("folder.html").mkdir()
     for page, reason in (
-        ("iron.xyz", "is another file of this command"),
-        ("folder", "it is a folder"),
+        ("iron.xyz", "pages are written as .html"),
+        (".run.extxyz.part", "pages are written as .html"),
+        ("folder.html", "it is a folder"),
         ("iron.xyz/page.html", "cannot be written"),
     ):
         status, lines = cli(command, "iron.xyz", "--out", "run.extxyz", "--report", page)

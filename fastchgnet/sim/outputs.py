@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,22 +62,21 @@ def read_frames(path: Path, indices: Iterable[int]) -> Iterator[Atoms]:
             number = index + 1
 
 
-def check_report(path: Path | None, files: Sequence[Path], goes_on: bool) -> None:
+def check_report(path: Path | None, goes_on: bool) -> None:
     """Look before a long run whether its page can be written.
 
     Args:
         path: of the page, if one is asked for.
-        files: other files of the command.
         goes_on: whether the run was begun before, so that its page may be there.
 
     Raises:
-        InputError: it is another file of the command, or something that is not the page of this run is
-            there, or its folder does not take it.
+        InputError: it has another suffix, or something that is not the page of this run is there, or its
+            folder does not take it.
     """
     if path is None:
         return
-    if path.resolve() in [file.resolve() for file in files]:
-        raise InputError(f"{path}: is another file of this command; name another --report")
+    if path.suffix not in (".html", ".htm"):
+        raise InputError(f"{path}: pages are written as .html")
     check_writable(path)
     if not (goes_on and path.is_file() and is_page(path)):
         refuse_existing([path])

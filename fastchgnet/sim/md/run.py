@@ -105,7 +105,7 @@ def run_files(
     if plan.report is not None:
         require_libraries()
     goes_on = plan.resume and (plan.out / RESTART).exists()
-    check_report(plan.report, plan.files, goes_on)
+    check_report(plan.report, goes_on)
     crystals, found = read_crystals(plan.files)
     errors = [str(error) for error in found]
     starts = _starts(crystals, plan, errors)
