@@ -16,7 +16,7 @@ from fastchgnet import cli as commands
 from fastchgnet.config import ModelConfig, Provenance
 from fastchgnet.data.store import write_store
 from fastchgnet.potential import Potential
-from fastchgnet.sim.md.files import RESTART, RunFolder
+from fastchgnet.sim.md.files import RESTART
 from fastchgnet.weights import save_potential
 
 SMALL = ModelConfig(atom_cutoff=4.0, n_radial=5, n_angular=5, readout_hidden=(16,))
@@ -141,14 +141,16 @@ def test_a_run_that_goes_on_replaces_its_page_and_no_other_file(
     assert "of somebody" in Path("mine.html").read_text()
 
 
-def test_a_run_that_was_killed_before_its_first_frame_goes_on(cli: Cli, monkeypatch) -> None:
-    def killed(self: RunFolder, *args: object) -> None:
+@pytest.mark.parametrize("place", ["RunFolder.record", "write_atomically"])
+def test_a_run_that_was_killed_before_its_first_frame_goes_on(cli: Cli, monkeypatch, place: str) -> None:
+    def killed(*args: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "record", killed)
+        patch.setattr(f"fastchgnet.sim.md.files.{place}", killed)
         assert cli(*MD, "--out", "run")[0] == 130
-    assert Path("run", RESTART).exists()
+    assert Path("run", RESTART).exists() == (place == "RunFolder.record")
+    assert len(list(Path("run").glob("000-*"))) == 2
     assert cli(*MD, "--out", "run", "--resume") == (0, [])
     (trajectory,) = Path("run").glob("*.extxyz")
     assert [atoms.info["step"] for atoms in ase.io.read(trajectory, ":")] == [0, 1, 2]

@@ -140,7 +140,9 @@ def _check_out(plan: Plan, members: Sequence[Member]) -> None:
     """Refuse a folder that takes no files, or holds what this run did not write."""
     check_folder(plan.out)
     if not (plan.out / RESTART).exists():
-        refuse_existing(path for one in members for path in (one.trajectory(plan.out), one.log(plan.out)))
+        paths = (path for one in members for path in (one.trajectory(plan.out), one.log(plan.out)))
+        # a process that was killed before it had saved its first state leaves empty files
+        refuse_existing(path for path in paths if not (path.is_file() and path.stat().st_size == 0))
     elif not plan.resume:
         raise InputError(f"{plan.out}: holds a run already; --resume goes on with it")
 
