@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -26,7 +27,9 @@ app.add_typer(bench, name="bench")
 
 @app.command(epilog="Example: fastchgnet train examples/example.yaml --set optim.learning_rate=1e-3")
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run; docs/training.md explains its keys.")],
+    config: Annotated[
+        Path, typer.Argument(readable=False, help="YAML file of the run; docs/training.md explains its keys.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; repeatable")
     ] = None,
@@ -79,7 +82,9 @@ def weights(
 
 @app.command(epilog="Example: fastchgnet predict POSCAR trajectory.xyz --out predictions.extxyz")
 def predict(
-    files: Annotated[list[Path], typer.Argument(help="CIF, POSCAR, xyz, pymatgen JSON, ...; all frames.")],
+    files: Annotated[
+        list[Path], typer.Argument(readable=False, help="CIF, POSCAR, xyz, pymatgen JSON, ...; all frames.")
+    ],
     model: Model = "chgnet-0.3.0",
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Also write this .json or .extxyz file.")] = None,
@@ -118,7 +123,9 @@ Page = Annotated[Path | None, typer.Option(help="Also write this page, with curv
 
 @app.command(epilog="Example: fastchgnet md LiMnO2.cif --ensemble nvt --temperature 600 --out runs/md")
 def md(
-    files: Annotated[list[Path], typer.Argument(help="Crystals, as for predict; all run at the same time.")],
+    files: Annotated[
+        list[Path], typer.Argument(readable=False, help="Crystals, as for predict; all run at the same time.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of trajectories, logs and the state to go on from.")],
     ensemble: Ensemble = "nvt",
     thermostat: Thermostat = "nose-hoover",
@@ -179,7 +186,9 @@ def md(
 
 @app.command(epilog="Example: fastchgnet relax *.cif --out relaxed.extxyz --fmax 0.02 --report relaxed.html")
 def relax(
-    files: Annotated[list[Path], typer.Argument(help="CIF, POSCAR, xyz, pymatgen JSON, ...; all frames.")],
+    files: Annotated[
+        list[Path], typer.Argument(readable=False, help="CIF, POSCAR, xyz, pymatgen JSON, ...; all frames.")
+    ],
     out: Annotated[Path, typer.Option(help="File of the relaxed crystals; a .jsonl goes beside it.")] = Path(
         "relaxed.extxyz"
     ),
@@ -214,7 +223,7 @@ def relax(
 @app.command(epilog="Example: fastchgnet evaluate runs/first/best.safetensors STORE --out report")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Name of a published model, or a .safetensors file.")],
-    store: Annotated[Path, typer.Argument(help="Folder from `fastchgnet prepare`.")],
+    store: Annotated[Path, typer.Argument(readable=False, help="Folder from `fastchgnet prepare`.")],
     split: Annotated[Literal["train", "val", "test", "all"], typer.Option(help="Which frames.")] = "test",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split, as in training.")] = 0,
     as_json: Json = False,
@@ -227,8 +236,9 @@ def evaluate(
     from fastchgnet.data.store import Store
     from fastchgnet.evaluate import evaluate
     from fastchgnet.published import load
-    from fastchgnet.report import progress_bar, show_evaluation
+    from fastchgnet.report import check_report, progress_bar, show_evaluation
 
+    check_report(out)
     potential, data = load(model, device, dtype), Store.verified(store)
     indices = data.split(split, seed)
     with progress_bar("evaluate", len(indices)) as progress:
@@ -241,7 +251,9 @@ def evaluate(
     epilog="Example: fastchgnet prepare train.xyz --out runs/train --functional PBE --energy-correction none"
 )
 def prepare(
-    files: Annotated[list[Path], typer.Argument(help="Files of labelled crystals, or folders of .xyz.")],
+    files: Annotated[
+        list[Path], typer.Argument(readable=False, help="Files of labelled crystals, or folders of .xyz.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new store; resumes an unfinished one.")],
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Skip and list bad frames (status 1) instead of refusing.")
@@ -279,7 +291,7 @@ def prepare(
 
 @app.command(epilog="Example: fastchgnet inspect runs/train --png sizes.png")
 def inspect(
-    store: Annotated[Path, typer.Argument(help="Folder written by prepare.")],
+    store: Annotated[Path, typer.Argument(readable=False, help="Folder written by prepare.")],
     png: Annotated[Path | None, typer.Option(help="Draw atoms, bonds and angles per frame here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -288,7 +300,10 @@ def inspect(
 
     from fastchgnet.data import report
     from fastchgnet.data.store import Store
+    from fastchgnet.files import check_new
 
+    if png:
+        check_new(png)
     opened = Store.verified(store)
     if png:
         report.plot(opened, png)
@@ -301,6 +316,9 @@ def inspect(
 
 def main() -> None:
     """Run the command line; bad input, or a disk that is full, ends in one line and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # nothing where it is closed
+            stream.reconfigure(errors="replace")  # terminals and pipes may lack letters that we print
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastchgnet.config import Provenance
 from fastchgnet.data.store import Store
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Labels, Output, Systems
 from fastchgnet.potential import Potential
@@ -106,6 +107,7 @@ class Evaluation:
         }
 
 
+@own_settings
 def evaluate(
     potential: Potential,
     store: Store,

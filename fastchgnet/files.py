@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -25,8 +25,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         InputError: the folder or the disk does not take it; `path` is as before.
     """
     data = content.encode() if isinstance(content, str) else content
-    # A name of its own for every writer: several processes may write the same file at once.
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    beside = path.with_name(_part_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
@@ -40,6 +39,59 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def _part_name(name: str) -> str:
+    # its own for every writer: several processes may write the same file at once
+    return f".{name}.{uuid.uuid4().hex}.part"
+
+
+def check_new(path: Path) -> None:
+    """Look before any work whether a file can be made under this name without replacing another.
+
+    Raises:
+        InputError: the folder does not take it, or there is one.
+    """
+    check_writable(path)
+    refuse_existing([path])
+
+
+def refuse_existing(paths: Iterable[Path]) -> None:
+    """Raise InputError for the first of these files or folders that exists."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise InputError(f"{path}: exists already; choose another name or remove it")
+
+
+def check_writable(path: Path) -> None:
+    """Look before any work whether a file can be written under this name; folders above it are not made.
+
+    Raises:
+        InputError: it is a folder, or the one that it would be in takes no such file.
+    """
+    if os.path.isdir(path):
+        raise InputError(f"{path}: cannot be written (it is a folder)")
+    _probe(path, path.absolute().parent, path.name)
+
+
+def check_folder(folder: Path) -> None:
+    """Look before any work whether files can be written into a folder, which is not made.
+
+    Raises:
+        InputError: it is no folder, or takes no files, or cannot be made.
+    """
+    _probe(folder, folder.absolute(), "file")
+
+
+def _probe(path: Path, folder: Path, name: str) -> None:
+    """Write what `write_atomically` writes first, in `folder` or the first above it that exists."""
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    probe = existing / _part_name(name)
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from pathlib import Path
 
 from fastchgnet import __version__
 
@@ -11,6 +12,7 @@ _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="FastCHGNet">
 <title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #333;
@@ -41,6 +43,12 @@ def page(title: str, body: str, head: str = "") -> str:
         head: as HTML: styles and scripts of this page alone.
     """
     return _PAGE.format(title=html.escape(title), body=body, head=head, version=__version__)
+
+
+def is_page(path: Path) -> bool:
+    """Tell whether a file is a page of ours."""
+    with path.open("rb") as file:
+        return file.read(len(_PAGE)).startswith(_PAGE.partition("<title>")[0].encode())
 
 
 def paragraphs(sentences: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vesin import NeighborList
 
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Batch, Systems
 from fastchgnet.units import MAX_ATOMIC_NUMBER
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 
+@own_settings
 def systems_from_atoms(structures: Sequence[Atoms | Structure]) -> Systems:
     """Concatenate ase Atoms or pymatgen Structures.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastchgnet.config import ModelConfig, Provenance
+from fastchgnet.device import own_settings, single_precision
 from fastchgnet.flat import flatten
 from fastchgnet.graph import Batch, Output, Systems
 from fastchgnet.heads import PairHeads, PaperHeads
@@ -25,7 +26,8 @@ class Potential(nn.Module):
 
     A conservative readout takes one derivative of the energy with respect to the bond vectors, which
     gives forces and virial at once; a direct readout asks heads of its own. In training mode outputs
-    carry a graph for the derivative of the loss, in evaluation mode they are detached.
+    carry a graph for the derivative of the loss, in evaluation mode they are detached. A new potential is in
+    float32, whatever torch's default is.
 
     Args:
         config: the network.
@@ -35,6 +37,7 @@ class Potential(nn.Module):
 
     references: Tensor
 
+    @own_settings
     def __init__(self, config: ModelConfig, references: Tensor, provenance: Provenance) -> None:
         super().__init__()
         if references.shape != (MAX_ATOMIC_NUMBER,):
@@ -43,10 +46,11 @@ class Potential(nn.Module):
             )
         self.config = config
         self.provenance = provenance
-        self.model = CHGNet(config)
         self.heads: PairHeads | PaperHeads | None = None
-        if config.readout == "direct":
-            self.heads = PairHeads(config) if config.heads == "pair" else PaperHeads(config)
+        with single_precision():
+            self.model = CHGNet(config)
+            if config.readout == "direct":
+                self.heads = PairHeads(config) if config.heads == "pair" else PaperHeads(config)
         self.register_buffer("references", references.detach().double())
         flatten(list(self.in_order().values()))
 
@@ -81,10 +85,12 @@ class Potential(nn.Module):
         """Count trainable parameters and reference energies, as published counts do."""
         return sum(p.numel() for p in self.parameters()) + self.references.numel()
 
+    @own_settings
     def build_graph(self, systems: Systems) -> Batch:
         """Build the graph of crystals with this model's cutoffs, on this model's device."""
         return build_graph(systems, self.config.atom_cutoff, self.config.bond_cutoff).to(self.device)
 
+    @own_settings
     def forward(self, batch: Batch, derivatives: bool = True) -> Output:
         """Evaluate a batch of S systems with A atoms; shapes and units are those of `Output`.
 

@@ -18,8 +18,9 @@ from fastchgnet.data.formats import scan_frames
 from fastchgnet.data.frame import Frame
 from fastchgnet.data.layout import printable
 from fastchgnet.data.reading import ReadOptions
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
-from fastchgnet.files import write_atomically
+from fastchgnet.files import check_new, write_atomically
 from fastchgnet.graph import Output, Systems
 from fastchgnet.neighbors import graph_sizes, systems_from_atoms
 from fastchgnet.potential import Potential
@@ -67,6 +68,7 @@ class Prediction:
         }
 
 
+@own_settings
 def predict(
     potential: Potential, structures: Sequence[Atoms | Structure], batch_size: int = 64
 ) -> list[Prediction]:
@@ -234,8 +236,14 @@ def predict_crystals(
 
 
 def check_output(path: Path | None) -> None:
-    """Raise InputError where predictions cannot be written under this name."""
-    if path is not None and path.suffix not in (".json", ".extxyz"):
+    """Raise InputError where predictions cannot be written under this name, or something is there."""
+    if path is not None:
+        _check_suffix(path)
+        check_new(path)
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".json", ".extxyz"):
         raise InputError(f"{path}: predictions are written as .json or .extxyz")
 
 
@@ -250,7 +258,7 @@ def write_predictions(predictions: Sequence[FilePrediction], path: Path) -> None
     Raises:
         InputError: the name ends in neither, or the file cannot be written.
     """
-    check_output(path)
+    _check_suffix(path)
     if path.suffix == ".json":
         text = to_json(predictions) + "\n"
     else:
@@ -291,7 +299,7 @@ def pack(sizes: NDArray[np.int64], batch_size: int) -> list[slice]:
     return [*batches, slice(start, len(sizes))] if len(sizes) else []
 
 
-@torch.inference_mode(False)  # whose tensors have no derivatives
+@own_settings
 def predict_batch(potential: Potential, systems: Systems) -> Output:
     """Predict one batch that fits in memory, and bring the result to the host."""
     potential.eval()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.config import ModelConfig, Provenance
-from fastchgnet.device import pick_device
+from fastchgnet.device import own_settings, pick_device
 from fastchgnet.errors import InputError
 from fastchgnet.files import cache_folder
 from fastchgnet.potential import Potential
@@ -130,6 +130,7 @@ _RENAMED = {
 PUBLISHED = {checkpoint.provenance.name: checkpoint for checkpoint in _ALL}
 
 
+@own_settings
 def load(
     name_or_path: str | Path, device: str = "cpu", dtype: Literal["float32", "float64"] = "float32"
 ) -> Potential:

@@ -18,7 +18,7 @@ from rich.table import Table as RichTable
 
 from fastchgnet import __version__
 from fastchgnet.evaluate import QUANTITIES, SHIFTED, Evaluation, Metric
-from fastchgnet.files import write_atomically
+from fastchgnet.files import check_folder, refuse_existing, write_atomically
 from fastchgnet.markup import page, paragraphs
 from fastchgnet.plots import (
     NEEDS_MATPLOTLIB,
@@ -40,6 +40,9 @@ MISSING = "—"
 
 FEW_FRAMES = 5
 """Frames per fitted element energy below which a warning goes with the error after the fit."""
+
+REPORT = ("metrics.json", "report.html", "parity.png", "learning.png")
+"""Files of the report of an evaluation."""
 
 CURVES = {
     "energy": "energy_mev_per_atom",
@@ -222,10 +225,21 @@ def metrics_json(evaluation: Evaluation, about: Mapping[str, str]) -> str:
     return json.dumps(metrics, indent=2, allow_nan=False)
 
 
+def check_report(folder: Path | None) -> None:
+    """Look before an evaluation whether a folder takes its report.
+
+    Raises:
+        InputError: it holds one, or no file can be written there.
+    """
+    if folder is not None:
+        refuse_existing(folder / name for name in REPORT)
+        check_folder(folder)
+
+
 def write_report(
     evaluation: Evaluation, folder: Path, about: Mapping[str, str], history: Sequence[Mapping] = ()
 ) -> None:
-    """Write metrics.json, report.html, parity.png and, with a history, learning.png into a folder.
+    """Write the files of REPORT into a folder, learning.png only with a history.
 
     The page holds everything it shows. Without matplotlib there are no plots; the numbers are written.
 

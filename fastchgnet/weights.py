@@ -1,7 +1,8 @@
 """Files of weights: one .safetensors with the tensors and what they mean, and a readable copy beside it.
 
 The header of `model.safetensors` holds the format's version, the model's configuration, its provenance
-and anything a run adds; `model.safetensors.json` repeats it for readers. Pickles are never loaded.
+and anything a run adds, with a checksum of all this and the tensors; `model.safetensors.json` repeats it for
+readers. Pickles are never loaded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fastchgnet.config import ModelConfig, Provenance
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
 from fastchgnet.potential import Potential
@@ -25,6 +27,8 @@ from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 FORMAT = "fastchgnet"
 FORMAT_VERSION = 2
+CHECKSUM = "sha256"
+"""Key of the checksum, which files written before there was one lack."""
 
 _PICKLE_SUFFIXES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".bin"}
 # A pickle of protocol 2 or later, and the zip archive in which torch.save wraps one.
@@ -61,22 +65,29 @@ def save_potential(
         key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
-    write_atomically(path, to_safetensors(tensors, metadata))
-    readable = json.dumps(described, indent=2) + "\n"
+    digest = {CHECKSUM: checksum(tensors, metadata)}
+    write_atomically(path, to_safetensors(tensors, metadata | digest))
+    readable = json.dumps(described | digest, indent=2) + "\n"
     write_atomically(Path(f"{path}.json"), readable)
 
 
+@own_settings
 def load_potential(path: str | Path) -> Potential:
     """Rebuild the potential saved at `path`, on the CPU, in evaluation mode and in the dtype it was saved in.
 
     Raises:
         InputError: no such file, a pickle, not a whole safetensors file, not one of ours, of an unknown
-            format version, of another architecture, or with weights that are not finite.
+            format version, damaged, of another architecture, or with weights that are not finite.
     """
     path = Path(path)
     header = read_header(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        metadata = file.metadata()
+    try:
+        check(tensors, metadata)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged, {error}") from None
     # Building draws initial weights; the caller's random state must not depend on that.
     with torch.random.fork_rng(devices=[]):
         references = torch.zeros(MAX_ATOMIC_NUMBER, dtype=torch.float64)
@@ -87,6 +98,24 @@ def load_potential(path: str | Path) -> Potential:
     potential.to(next(tensors[name].dtype for name, _ in potential.named_parameters()))
     potential.load_state_dict(tensors)
     return potential.eval()
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the sha256 of tensors on the host and of metadata, but for that of the checksum itself."""
+    digest = hashlib.sha256()
+    described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    rest = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    digest.update(json.dumps([described, rest], sort_keys=True).encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raise ValueError where the checksum that a file holds, if it holds one, is another."""
+    digest = checksum(tensors, metadata)
+    if metadata.get(CHECKSUM, digest) != digest:
+        raise ValueError("its checksum does not match")
 
 
 def read_header(path: str | Path) -> Header:

@@ -220,7 +220,7 @@ def test_memory_grows_with_the_batch(file, monkeypatch, capsys) -> None:
     ("args", "reason"),
     [
         (("train", "--frames", "nowhere.xyz"), "nowhere.xyz: no such file"),
-        (("train", "--frames", "."), "no such file"),
+        (("train", "--frames", "."), ".: is a folder"),
         (("infer", "--frames", "bad.xyz"), "bad.xyz:0: "),
         (("train", "--frames", "crystals.xyz", "--device", "nodevice"), "device nodevice cannot be used"),
         (("train", "--frames", "crystals.xyz", "--out", "crystals.xyz"), "crystals.xyz: not JSON"),

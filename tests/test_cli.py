@@ -76,6 +76,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     whole = Path("crystals.xyz").read_text()
     Path("cut.xyz").write_text(whole[: int(0.9 * len(whole))])
     Path("empty.xyz").touch()
+    os.mkfifo("pipe.xyz")
     Path("noise.bin").write_bytes(bytes(range(256)) * 8)
     Path("lattice.json").write_text('{"lattice": ')
     frames = [frame for frame in read_frames("crystals.xyz")]
@@ -132,7 +133,9 @@ def test_predict_runs_the_good_and_lists_the_bad(cli, folder) -> None:
 
 BAD_PREDICT = [
     (["nowhere.cif"], "nowhere.cif: no such file"),
-    (["."], "no such file"),
+    (["."], ".: is a folder"),
+    (["pipe.xyz"], "pipe.xyz: is a pipe or a device"),
+    (["cell.cif/crystal.xyz"], "cell.cif/crystal.xyz: no such file"),
     (["nan.xyz"], "nan.xyz:0: positions contain NaN"),
     (["heavy.xyz"], "heavy.xyz:0: unknown element Z = 95"),
     (["flat.xyz"], "flat.xyz:0: the cell has no volume"),
@@ -234,6 +237,39 @@ def test_as_a_program_good_and_bad(folder) -> None:
     bad = program("nowhere.cif")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "error: nowhere.cif: no such file\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["--help", "predict cell.cif --model model.safetensors", "evaluate model.safetensors store --split all"],
+)
+def test_a_terminal_without_our_letters_is_no_error(folder, command) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "fastchgnet", *command.split()],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert ran.stdout.isascii() and len(ran.stdout) > 100
+
+
+def test_what_may_not_be_read_is_listed_and_the_rest_runs(cli, folder) -> None:
+    Path("closed").mkdir()
+    Path("closed/cell.cif").write_bytes(Path("cell.cif").read_bytes())
+    Path("locked.cif").write_bytes(Path("cell.cif").read_bytes())
+    Path("closed").chmod(0)
+    Path("locked.cif").chmod(0)
+    try:
+        if os.access("locked.cif", os.R_OK):
+            pytest.skip("this user may do everything")
+        for command in (["predict"], ["relax", "--steps", 1], ["md", "--steps", 1, "--out", "run"]):
+            ran = cli(*command, "locked.cif", "closed/cell.cif", "cell.cif", "--model", "model.safetensors")
+            assert ran.status == 1 and len(ran.lines) == 2, ran.lines
+            for line, name in zip(ran.lines, ("locked.cif", "closed/cell.cif"), strict=True):
+                assert line.startswith(f"error: {name}: ") and "Permission denied" in line
+    finally:
+        Path("closed").chmod(0o700)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")

@@ -346,11 +346,11 @@ def test_states_are_saved_when_it_is_time(cli: Cli, monkeypatch: pytest.MonkeyPa
     save = RunFolder.save
     monkeypatch.setattr(RunFolder, "save", lambda self, d: (saved.append(d.n_steps), save(self, d)))
     assert cli("iron.xyz", "--out", "seldom", "--steps", 6, "--interval", 2).status == 0
-    assert saved == [0, 6]
+    assert saved == [0, 0, 6]  # before and after the first frames
     monkeypatch.setattr(md_files, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(md_files, "_SAVE_SHARE", 1e9)
     assert cli("iron.xyz", "--out", "often", "--steps", 6, "--interval", 2).status == 0
-    assert saved[2:] == [0, 2, 4, 6, 6]
+    assert saved[3:] == [0, 0, 2, 4, 6, 6]
 
 
 @pytest.mark.parametrize(

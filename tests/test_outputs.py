@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from fastchgnet.cli import main
 from fastchgnet.config import ModelConfig
+from fastchgnet.sim.md.files import read_log
+from fastchgnet.sim.outputs import read_frames
 from fastchgnet.weights import fingerprint, save_potential
 
 SMALL = ModelConfig(atom_cutoff=4.0, n_radial=5, n_angular=5, readout_hidden=(16,))
@@ -59,10 +61,11 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_run(cli: Cli, comma
     pytest.importorskip("plotly")
     ase.io.write("iron.xyz", crystals()[3])
     before = Path("iron.xyz").read_bytes()
-    Path("folder").mkdir()
+    Path("folder.html").mkdir()
     for page, reason in (
-        ("iron.xyz", "is another file of this command"),
-        ("folder", "it is a folder"),
+        ("iron.xyz", "pages are written as .html"),
+        (".run.extxyz.part", "pages are written as .html"),
+        ("folder.html", "it is a folder"),
         ("iron.xyz/page.html", "cannot be written"),
     ):
         status, lines = cli(command, "iron.xyz", "--out", "run.extxyz", "--report", page)
@@ -171,6 +174,32 @@ def test_a_state_that_is_not_of_the_run_is_refused(cli: Cli) -> None:
     assert before == {path.name: path.read_bytes() for path in Path("run").glob("000-*")}
     Path("renamed.xyz").rename("two.xyz")
     assert cli("md", "two.xyz", *run, "--resume") == (0, [])
+
+
+def test_a_state_with_a_damaged_byte_is_refused(cli: Cli) -> None:
+    ase.io.write("iron.xyz", crystals()[3])
+    run = ("iron.xyz", "--steps", 2, "--interval", 1, "--out", "run")
+    assert cli("md", *run) == (0, [])
+    path = Path("run/restart.safetensors")
+    whole = path.read_bytes()
+    for place in (-1, -20, -90):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[len(whole) + place + 1 :])
+        status, lines = cli("md", *run, "--resume")
+        assert status == 2 and len(lines) == 1
+        assert lines[0].startswith(f"error: {path}: damaged, ") and "checksum does not match" in lines[0]
+    path.write_bytes(whole)
+    assert cli("md", *run, "--resume") == (0, [])
+
+
+def test_some_frames_and_rows_are_read(cli: Cli) -> None:
+    ase.io.write("iron.xyz", crystals()[0])
+    assert cli("md", "iron.xyz", "--steps", 6, "--interval", 1, "--out", "run") == (0, [])
+    (path,) = Path("run").glob("*.extxyz")
+    every = ase.io.read(path, ":")
+    for kept in ([], [0], [6], [0, 1, 5, 6], [2, 4]):
+        assert list(read_frames(path, kept)) == [every[index] for index in kept]
+        assert read_log(path.with_suffix(".csv"), kept)["step"] == kept
+    assert list(read_frames(path, [5, 7, 9])) == [every[5]]  # there are no more
 
 
 def test_velocities_beside_frames_that_cannot_be_read(cli: Cli) -> None:

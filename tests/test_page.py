@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from fastchgnet.errors import InputError
 from fastchgnet.report import Table
 from fastchgnet.sim import page
-from fastchgnet.sim.page import Panel, write_page
+from fastchgnet.sim.page import Line, Movie, Panel, write_page
 
 EVIL = "<script>alert('x')</script>"
 
@@ -34,7 +34,8 @@ def movie(atoms, n_frames):
 
 def written(tmp_path, tables=(), panels=(), movies=(), title="title", notes=()):
     path = tmp_path / "page.html"
-    write_page(path, title, notes, tables, panels, dict(movies))
+    movies = {name: Movie.of(frames) for name, frames in dict(movies).items()}
+    write_page(path, title, notes, tables, panels, movies)
     return path.read_text()
 
 
@@ -49,7 +50,7 @@ def own_markup(text):
 
 
 def test_holds_curves(tmp_path):
-    panel = Panel("Energy", "eV", "time (ps)", {"300 K": ([0, 1, 2], [-1234.567891, np.nan, 1.0])})
+    panel = Panel("Energy", "eV", "time (ps)", {"300 K": Line.of([0, 1, 2], [-1234.567891, np.nan, 1.0])})
     (figure,) = data(written(tmp_path, panels=[panel]), "panel-data")
     (trace,) = figure["data"]
     assert trace["x"] == [0, 1, 2]
@@ -58,7 +59,7 @@ def test_holds_curves(tmp_path):
 
 
 def test_a_line_has_one_colour_in_all_panels(tmp_path):
-    line = ([0, 1], [0, 1])
+    line = Line.of([0, 1], [0, 1])
     panels = [Panel("a", "", "x", {"one": line, "two": line}), Panel("b", "", "x", {"two": line})]
     first, second = data(written(tmp_path, panels=panels), "panel-data")
     assert first["data"][1]["line"] == second["data"][0]["line"] != first["data"][0]["line"]
@@ -107,7 +108,7 @@ def test_results_of_another_frame_are_not_shown(tmp_path):
 
 
 def test_text_stays_text(tmp_path):
-    line = ([0, 1], [0, 1])
+    line = Line.of([0, 1], [0, 1])
     text = written(
         tmp_path,
         tables=[Table(EVIL, (EVIL,), [(EVIL,)])],
@@ -124,7 +125,7 @@ def test_text_stays_text(tmp_path):
 
 
 def test_asks_no_network(tmp_path):
-    panel = Panel("Energy", "eV", "step", {"one": ([0, 1], [0, 1])})
+    panel = Panel("Energy", "eV", "step", {"one": Line.of([0, 1], [0, 1])})
     text = written(tmp_path, panels=[panel], movies={"iron": [bulk("Fe")]})
     assert not re.findall(r"<(?:link|iframe|img|script)[^>]*(?:src|href)", own_markup(text))
     assert "://" not in own_markup(text)
@@ -135,7 +136,7 @@ def test_thins_long_curves_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MAX_POINTS", 40)
     monkeypatch.setattr(page, "MAX_LINES", 2)
     x = range(1001)
-    text = written(tmp_path, panels=[Panel("Energy", "eV", "step", {name: (x, x) for name in "abc"})])
+    text = written(tmp_path, panels=[Panel("Energy", "eV", "step", {name: Line.of(x, x) for name in "abc"})])
     (figure,) = data(text, "panel-data")
     assert [trace["name"] for trace in figure["data"]] == ["a", "b"]
     for trace in figure["data"]:
@@ -159,6 +160,26 @@ def test_pages_of_many_movies_stay_small(tmp_path, monkeypatch):
     assert [one["name"] for one in held] == list(movies)[:10]
     assert {tuple(one["properties"]["frame"]["values"]) for one in held} == {(3,)}
     assert "10 of 20 systems are shown." in text
+
+
+def test_what_is_not_shown_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MAX_ATOMS", 40)
+    monkeypatch.setattr(page, "MAX_POINTS", 6)
+    monkeypatch.setattr(page, "MAX_LINES", 2)
+    read = []
+
+    def frames(kept):
+        read.append(kept.tolist())
+        return [bulk("Fe") for _ in kept]
+
+    def points(kept):
+        read.append(kept.tolist())
+        return kept.tolist(), kept.tolist()
+
+    movies = {f"iron {index}": Movie(10**9, 1, frames) for index in range(60)}
+    panels = [Panel("Energy", "eV", "step", {name: Line(10**6 + 1, points) for name in "abc"})]
+    write_page(tmp_path / "page.html", "title", [], [], panels, movies)
+    assert read == [[10**9 - 1]] * 40 + [[0, 500_000, 10**6]] * 2
 
 
 def test_the_first_movie_is_shown_however_large(tmp_path, monkeypatch):
@@ -231,7 +252,7 @@ def test_runs_in_a_browser(tmp_path):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("needs Chromium or Chrome")
-    line = ([0, 1, 2], [0.1, 0.3, 0.2])
+    line = Line.of([0, 1, 2], [0.1, 0.3, 0.2])
     movies = {"salt": movie(bulk("NaCl", "rocksalt", a=5.64), 5), "iron": [bulk("Fe")]}
     text = written(tmp_path, panels=[Panel("Energy", "eV", "step", {"a": line, "b": line})], movies=movies)
     probed = tmp_path / "probed.html"

@@ -31,7 +31,14 @@ from fastchgnet.published import (
     read_published,
     to_our_layout,
 )
-from fastchgnet.weights import FORMAT_VERSION, load_potential, read_header, save_potential
+from fastchgnet.weights import (
+    CHECKSUM,
+    FORMAT_VERSION,
+    checksum,
+    load_potential,
+    read_header,
+    save_potential,
+)
 
 PROVENANCE = Provenance(name="test", functional="PBE", energy_correction="none", source="nowhere")
 
@@ -58,9 +65,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rewrite(path: Path, **metadata: str | None) -> None:
-    """Change the metadata of a file of weights; None takes a key out."""
+    """Change the metadata of a file of weights, which loses its checksum; None takes a key out."""
     with safe_open(path, framework="pt") as file:
-        changed = file.metadata() | metadata
+        changed = file.metadata() | {CHECKSUM: None} | metadata
     save_file(load_file(path), path, metadata={k: v for k, v in changed.items() if v is not None})
 
 
@@ -90,6 +97,8 @@ def test_round_trip(tmp_path: Path, config: dict, dtype: torch.dtype) -> None:
     readable = json.loads((tmp_path / "runs" / "best.safetensors.json").read_text())
     assert readable["config"] == saved.config.model_dump(mode="json")
     assert readable["format_version"] == FORMAT_VERSION
+    with safe_open(path, framework="pt") as file:
+        assert readable[CHECKSUM] == file.metadata()[CHECKSUM] == checksum(tensors, file.metadata())
     assert len(list(path.parent.iterdir())) == 2
 
 
@@ -156,6 +165,51 @@ def test_truncated(path: Path, n_bytes: int) -> None:
     assert "truncated" in refused(path)
 
 
+def test_no_damaged_byte_changes_a_model(path: Path) -> None:
+    """In whatever part of the file it is: it is found, or what is loaded is the same."""
+    whole, expected, known = path.read_bytes(), load(path), read_header(path)
+    start = 8 + int.from_bytes(whole[:8], "little")
+    n_found = 0
+    for place in [*range(0, start, 41), *range(start, len(whole), 12_007), len(whole) - 1]:
+        for flip in (1, 4, 128):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            try:
+                found = load(path)
+            except InputError as error:
+                assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+                n_found += 1
+            else:
+                assert place < start and read_header(path) == known
+                for name, tensor in found.state_dict().items():
+                    assert torch.equal(tensor, expected.state_dict()[name])
+    assert n_found > 100
+
+
+def test_a_damaged_weight_is_named_by_its_file(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    assert refused(path) == f"{path}: damaged, its checksum does not match"
+    assert read_header(path).provenance == PROVENANCE
+    rewrite(path)  # as it was written before there were checksums
+    assert load_potential(path).provenance == PROVENANCE
+
+
+def test_a_checksum_tells_names_shapes_types_and_texts_apart() -> None:
+    zeros, metadata = torch.zeros(2, 3), {"config": "{}"}
+    sums = {
+        checksum({"a": zeros}, metadata),
+        checksum({"b": zeros}, metadata),
+        checksum({"a": zeros.t()}, metadata),
+        checksum({"a": zeros.int()}, metadata),
+        checksum({"a": zeros.clone()}, metadata),
+        checksum({"a": -zeros}, metadata),
+        checksum({"a": zeros}, {"config": "[]"}),
+    }
+    assert len(sums) == 6  # two are the same
+    assert checksum({"a": zeros, "b": zeros}, metadata) == checksum({"b": zeros, "a": zeros}, metadata)
+    assert checksum({"a": zeros}, metadata) == checksum({"a": zeros}, metadata | {CHECKSUM: "any"})
+
+
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
@@ -184,7 +238,7 @@ def test_foreign_metadata(path: Path, metadata: dict, reason: str) -> None:
 )
 def test_other_tensors(path: Path, change: dict, reason: str) -> None:
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+        metadata = {key: value for key, value in file.metadata().items() if key != CHECKSUM}
     tensors = {name: t for name, t in (load_file(path) | change).items() if t is not None}
     save_file(tensors, path, metadata=metadata)
     assert re.search(reason, refused(path))

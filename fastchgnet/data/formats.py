@@ -6,6 +6,7 @@ Every format states here which energy it takes and the unit and sign of its stre
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -58,8 +59,8 @@ def scan_frames(
         meter: Told what is read.
     """
     name, meter = name or path.name, meter or Meter()
-    if not path.is_file():
-        yield InputError(f"{path}: no such file")
+    if reason := _no_file(path):
+        yield InputError(f"{path}: {reason}")
         return
     try:
         kind = options.format or detect_format(path)
@@ -74,6 +75,19 @@ def scan_frames(
     else:
         yield from _scan_ase(path, name, resolved)
     meter.finish(path)
+
+
+def _no_file(path: Path) -> str | None:
+    """Say why a path is no file that can be read from its beginning, again and again."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if stat.S_ISDIR(mode):
+        return "is a folder"
+    return None if stat.S_ISREG(mode) else "is a pipe or a device; write its content to a file"
 
 
 def detect_format(path: Path) -> Format:

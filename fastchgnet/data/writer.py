@@ -35,8 +35,9 @@ from fastchgnet.data.layout import (
     group_hash,
     one_line,
 )
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
-from fastchgnet.files import lock, sync_folder, write_atomically
+from fastchgnet.files import lock, refuse_existing, sync_folder, write_atomically
 from fastchgnet.graph import Systems
 from fastchgnet.neighbors import graph_sizes
 from fastchgnet.units import VOIGT
@@ -58,6 +59,7 @@ class Journal(Config):
     skipped: tuple[str, ...] = ()
 
 
+@own_settings
 def write_store(
     frames: Iterable[Frame | InputError],
     out: Path | str,
@@ -107,8 +109,7 @@ class _Writer:
     def __init__(self, out: Path, plan: Plan, skip_bad: bool) -> None:
         self.out = out
         self.skip_bad = skip_bad
-        if out.exists():
-            raise InputError(f"{out}: exists already; choose another name or remove it")
+        refuse_existing([out])
         self.folder = out.with_name(out.name + ".partial")
         self.journal = self._resume(plan)
         self.resumable = self.journal.n_seen > 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastchgnet.data.frame import MIN_DISTANCE
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
 from fastchgnet.graph import Batch, Output, Systems
 from fastchgnet.neighbors import (
@@ -65,7 +66,7 @@ class MovingSystems:
             then built on the device in every step, until one outgrows its room or there is a fault.
     """
 
-    @torch.inference_mode(False)
+    @own_settings
     def __init__(
         self, potential: Potential, systems: Systems, skin: float = 0.5, record: Record | None = None
     ) -> None:
@@ -90,7 +91,7 @@ class MovingSystems:
         self._order = self._atom_system[:0]
         self._batch: Batch | None = None
 
-    @torch.inference_mode(False)  # whose tensors have no derivatives
+    @own_settings
     def evaluate(self, position: Tensor, cell: Tensor, derivatives: bool = True) -> Output:
         """Evaluate the crystals at positions [A, 3] and cells [S, 3, 3], float64; see `graph`.
 

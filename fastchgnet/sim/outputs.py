@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import glob
+import io
 import math
-import os
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastchgnet.errors import InputError
+from fastchgnet.files import check_writable, refuse_existing
+from fastchgnet.markup import is_page
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 _OTHER_FORMATS = re.compile("POSCAR|CONTCAR|CENTCAR|OUTCAR|XDATCAR|CONFIG")
 """ASE takes a file with one of these in its name for another format, whatever its suffix."""
@@ -37,21 +45,38 @@ def remove_parts(path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def check_report(path: Path | None, files: Sequence[Path]) -> None:
+def read_frames(path: Path, indices: Iterable[int]) -> Iterator[Atoms]:
+    """Yield some frames of an .extxyz file of ours, given in ascending order; the others are passed over."""
+    from ase.io.extxyz import read_extxyz
+
+    with path.open(encoding="utf-8") as file:
+        number = 0
+        for index in indices:
+            for passed in range(number, index + 1):
+                if not (head := file.readline()):
+                    return
+                body = islice(file, int(head) + 1)
+                if passed < index:
+                    deque(body, maxlen=0)
+            yield next(read_extxyz(io.StringIO(head + "".join(body))))
+            number = index + 1
+
+
+def check_report(path: Path | None, goes_on: bool) -> None:
     """Look before a long run whether its page can be written.
 
+    Args:
+        path: of the page, if one is asked for.
+        goes_on: whether the run was begun before, so that its page may be there.
+
     Raises:
-        InputError: it is another file of the command, or its folder does not take it.
+        InputError: it has another suffix, or something that is not the page of this run is there, or its
+            folder does not take it.
     """
     if path is None:
         return
-    if path.resolve() in [file.resolve() for file in files]:
-        raise InputError(f"{path}: is another file of this command; name another --report")
-    if path.is_dir():
-        raise InputError(f"{path}: cannot be written (it is a folder)")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: cannot be written (no permission)")
+    if path.suffix not in (".html", ".htm"):
+        raise InputError(f"{path}: pages are written as .html")
+    check_writable(path)
+    if not (goes_on and path.is_file() and is_page(path)):
+        refuse_existing([path])

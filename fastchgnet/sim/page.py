@@ -10,7 +10,7 @@ import html
 import importlib.util
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,13 +59,42 @@ _COLORS = (
 )
 
 
+Indices = NDArray[np.int64]
+
+
+class Line(NamedTuple):
+    """Points of which those that are shown are read; values that are not finite are gaps."""
+
+    n_points: int
+    read: Callable[[Indices], tuple[Sequence[float], Sequence[float]]]  # x and y of points, ascending
+
+    @classmethod
+    def of(cls, x: Sequence[float], y: Sequence[float]) -> Line:
+        """Take points that are in memory."""
+        return cls(len(x), lambda kept: ([x[index] for index in kept], [y[index] for index in kept]))
+
+
+class Movie(NamedTuple):
+    """Frames of a system of which those that are shown are read."""
+
+    n_frames: int
+    n_atoms: int
+    read: Callable[[Indices], Iterable[Atoms]]  # frames, ascending
+
+    @classmethod
+    def of(cls, frames: Sequence[Atoms]) -> Movie:
+        """Take frames that are in memory."""
+        n_atoms = len(frames[-1]) if frames else 0
+        return cls(len(frames), n_atoms, lambda kept: [frames[index] for index in kept])
+
+
 class Panel(NamedTuple):
-    """Lines over a common abscissa; values that are not finite are gaps."""
+    """Lines over a common abscissa."""
 
     name: str
     unit: str
     x_name: str
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    lines: Mapping[str, Line]
 
 
 def require_libraries() -> None:
@@ -80,11 +109,11 @@ def write_page(
     notes: Sequence[str],
     tables: Sequence[Table],
     panels: Sequence[Panel],
-    movies: Mapping[str, Sequence[Atoms]],
+    movies: Mapping[str, Movie],
 ) -> None:
     """Write a page that holds all it shows: notes and the first table, movies, curves, the other tables.
 
-    Long curves and movies are thinned, and the page says so.
+    Long curves and movies are thinned, and the page says so. What is not shown is not read.
 
     Args:
         path: the file; it is whole or not there.
@@ -92,7 +121,7 @@ def write_page(
         notes: sentences below the title.
         tables: the first one above the pictures.
         panels: curves.
-        movies: the frames of each system by its name. Energies and magnetic moments that the calculators of
+        movies: of each system by its name. Energies and magnetic moments that the calculators of
             all frames hold already are shown with them. A frame with NaN in it is left out.
 
     Raises:
@@ -101,11 +130,9 @@ def write_page(
     require_libraries()
     scripts = [f"<style>{STYLE}</style>"]
     parts = [paragraphs(notes), *(_table(table) for table in tables[:1])]
-    sound = {name: [frame for frame in frames if _is_finite(frame)] for name, frames in movies.items()}
-    movies = {name: frames for name, frames in sound.items() if frames}
-    if movies:
+    if shown := _shown(movies):
         scripts.append(f"<script>{_script_of(*_CHEMISCOPE)}</script>")
-        parts.append(_movie_section(movies))
+        parts.append(_movie_section(shown, len(movies)))
     panels = [panel for panel in panels if panel.lines]
     if panels:
         scripts.append(f"<script>{_script_of(*_PLOTLY)}</script>")
@@ -170,14 +197,15 @@ def _figure(panel: Panel, color: Mapping[str, str]) -> tuple[dict[str, Any], str
     shown = dict(list(panel.lines.items())[:MAX_LINES])
     n_points = MAX_POINTS // len(shown)
     traces, longest = [], 0
-    for name, (x, y) in shown.items():
-        kept = _spread(len(x), n_points)
-        longest = max(longest, len(x))
+    for name, line in shown.items():
+        kept = _spread(line.n_points, n_points)
+        longest = max(longest, line.n_points)
+        x, y = line.read(kept)
         traces.append(
             {
                 "name": html.escape(name, quote=False),
-                "x": _rounded(np.asarray(x, dtype=float)[kept]),
-                "y": _rounded(np.asarray(y, dtype=float)[kept]),
+                "x": _rounded(np.asarray(x, dtype=float)),
+                "y": _rounded(np.asarray(y, dtype=float)),
                 "line": {"color": color[name], "width": 1.5},
                 "mode": "lines" if len(kept) > 1 else "markers",
             }
@@ -197,12 +225,24 @@ def _figure(panel: Panel, color: Mapping[str, str]) -> tuple[dict[str, Any], str
     return {"data": traces, "layout": layout}, note
 
 
-def _movie_section(movies: Mapping[str, Sequence[Atoms]]) -> str:
-    kept = _kept_frames(movies)
-    data = [_movie(name, movies[name], frames) for name, frames in kept.items()]
+def _shown(movies: Mapping[str, Movie]) -> list[dict[str, Any]]:
+    """Read and describe the frames to show."""
+    shown = []
+    for name, kept in _kept_frames(movies).items():
+        frames = {
+            int(index): frame
+            for index, frame in zip(kept, movies[name].read(kept), strict=False)  # a file may have lost some
+            if _is_finite(frame)
+        }
+        if frames:
+            shown.append(_movie(name, movies[name].n_frames, frames))
+    return shown
+
+
+def _movie_section(shown: Sequence[dict[str, Any]], n_movies: int) -> str:
     notes = []
-    if len(kept) < len(movies):
-        notes.append(f"{len(kept)} of {len(movies):,} systems are shown.")
+    if len(shown) < n_movies:
+        notes.append(f"{len(shown)} of {n_movies:,} systems are shown.")
     return "\n".join(
         [
             "<h2>Structures</h2>",
@@ -213,38 +253,39 @@ def _movie_section(movies: Mapping[str, Sequence[Atoms]]) -> str:
             '<div id="movie-info"></div>',
             '<p class="legend" id="movie-legend"></p>',
             paragraphs(notes),
-            _data("movie-data", data),
+            _data("movie-data", shown),
             f"<script>{MOVIES}</script>",
         ]
     )
 
 
-def _kept_frames(movies: Mapping[str, Sequence[Atoms]]) -> dict[str, NDArray[np.int64]]:
+def _kept_frames(movies: Mapping[str, Movie]) -> dict[str, Indices]:
     """Choose the frames to show: evenly, the last one always, within the bounds of a page.
 
     Where movies are too large together, all are thinned alike; where their last frames alone are, the later
     systems are left out, but never the first.
     """
-    n_frames = {name: min(len(frames), MAX_FRAMES) for name, frames in movies.items()}
-    total = sum(n_frames[name] * len(frames[-1]) for name, frames in movies.items())
+    movies = {name: movie for name, movie in movies.items() if movie.n_frames}
+    n_frames = {name: min(movie.n_frames, MAX_FRAMES) for name, movie in movies.items()}
+    total = sum(n_frames[name] * movie.n_atoms for name, movie in movies.items())
     share = min(1.0, MAX_ATOMS / max(total, 1))
-    kept: dict[str, NDArray[np.int64]] = {}
+    kept: dict[str, Indices] = {}
     n_atoms = 0
-    for name, frames in movies.items():
-        chosen = _spread(len(frames), max(1, math.floor(share * n_frames[name])))
-        n_atoms += len(chosen) * len(frames[-1])
+    for name, movie in movies.items():
+        chosen = _spread(movie.n_frames, max(1, math.floor(share * n_frames[name])))
+        n_atoms += len(chosen) * movie.n_atoms
         if kept and n_atoms > MAX_ATOMS:
             break
         kept[name] = chosen
     return kept
 
 
-def _movie(name: str, frames: Sequence[Atoms], kept: NDArray[np.int64]) -> dict[str, Any]:
+def _movie(name: str, n_frames: int, frames: Mapping[int, Atoms]) -> dict[str, Any]:
     """Describe frames as chemiscope takes them; atoms' names are left out where they do not change."""
-    atoms = [frames[index] for index in kept]
+    atoms = list(frames.values())
     results = [_results(frame) for frame in atoms]
     elements = sorted({int(number) for frame in atoms for number in set(frame.numbers)})
-    properties: dict[str, Any] = {"frame": {"target": "structure", "values": [int(index) for index in kept]}}
+    properties: dict[str, Any] = {"frame": {"target": "structure", "values": list(frames)}}
     if all(np.isfinite(result.get("energy", math.nan)) for result in results):
         energy = [float(result["energy"]) for result in results]
         properties["energy"] = {"target": "structure", "values": _rounded(np.array(energy)), "units": "eV"}
@@ -254,7 +295,7 @@ def _movie(name: str, frames: Sequence[Atoms], kept: NDArray[np.int64]) -> dict[
             values = magmoms.round(2).tolist()
             properties["magmom"] = {"target": "atom", "values": values, "units": "μ_B"}
     n_atoms = len(atoms[-1])
-    counted = "" if len(kept) == len(frames) else f"; {len(kept)} of {len(frames):,} frames"
+    counted = "" if len(frames) == n_frames else f"; {len(frames)} of {n_frames:,} frames"
     return {
         "name": name,
         "caption": f"{atoms[-1].get_chemical_formula()}, {n_atoms:,} atom{'s' * (n_atoms != 1)}{counted}",
@@ -295,15 +336,11 @@ def _structures(frames: Sequence[Atoms]) -> Iterator[dict[str, Any]]:
         yield structure
 
 
-def _spread(n: int, n_kept: int) -> NDArray[np.int64]:
+def _spread(n: int, n_kept: int) -> Indices:
     """Return at most `n_kept` of n indices, evenly, with the first and the last, or the last alone."""
     if n_kept == 1:
-        return np.arange(n)[-1:]
-    return (
-        np.unique(np.linspace(0, n - 1, min(n, n_kept)).round().astype(np.int64))
-        if n
-        else np.zeros(0, np.int64)
-    )
+        return np.arange(max(n - 1, 0), n)
+    return np.unique(np.linspace(0, n - 1, min(n, n_kept)).round().astype(np.int64))
 
 
 def _rounded(values: NDArray[np.floating]) -> list[float | None]:

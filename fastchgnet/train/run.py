@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from fastchgnet.config import RunConfig, load_run_config
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
-from fastchgnet.files import only_process, write_atomically
+from fastchgnet.files import only_process, refuse_existing, write_atomically
 from fastchgnet.train.checkpoint import Progress, load_state
 from fastchgnet.train.launcher import is_restarted
 from fastchgnet.train.log import RunLog, read_metrics
@@ -48,6 +49,8 @@ class Summary:
         return {"folder": str(self.folder), "finished": self.finished, **position, "last": self.last}
 
 
+@own_settings
+@torch.enable_grad()
 def train(config: RunConfig, resume: bool = False, watcher: Watcher | None = None) -> Summary:
     """Train a potential as `config` says and keep everything in the folder `config.train.out`.
 
@@ -100,6 +103,7 @@ def _find_state(config: RunConfig, resume: bool) -> State | None:
         leftover = load_state(folder / "state")
         if leftover is not None and leftover[1].step > 0:
             raise InputError(f"{folder}: holds states but no config.yaml; choose another train.out")
+        refuse_existing(folder / name for name in ("best.safetensors", "last.safetensors", "metrics.jsonl"))
         return None
     if not resume:
         raise InputError(f"{folder}: already holds a run; --resume continues it, or choose another train.out")

@@ -7,13 +7,12 @@ missing.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from fastchgnet.sim.md.integrators import PER_ATOM, State
 from fastchgnet.sim.md.loop import Lost, MolecularDynamics, Snapshot
 from fastchgnet.sim.outputs import plain_name
 from fastchgnet.units import GPA
+from fastchgnet.weights import CHECKSUM, check, checksum
 
 RESTART = "restart.safetensors"
 
@@ -69,6 +69,14 @@ class Member:
     n_atoms: int
     temperature: float  # K
     replica: int
+
+    def trajectory(self, folder: Path) -> Path:
+        """The trajectory of this crystal in the folder of its run."""
+        return folder / f"{self.name}.extxyz"
+
+    def log(self, folder: Path) -> Path:
+        """The log of this crystal in the folder of its run."""
+        return folder / f"{self.name}.csv"
 
 
 class Sums:
@@ -145,23 +153,27 @@ class RunFolder:
 
     def trajectory(self, number: int) -> Path:
         """The trajectory of a crystal."""
-        return self.folder / f"{self.members[number].name}.extxyz"
+        return self.members[number].trajectory(self.folder)
 
     def log(self, number: int) -> Path:
         """The log of a crystal."""
-        return self.folder / f"{self.members[number].name}.csv"
+        return self.members[number].log(self.folder)
 
     def begin(self, dynamics: MolecularDynamics) -> None:
-        """Start empty files with the frames before the first step.
+        """Start files, which must not exist, with the frames before the first step.
 
         Raises:
             InputError: the folder or the disk does not take them.
         """
+        self._sizes = {
+            file(n).name: 0 for n in range(len(self.members)) for file in (self.log, self.trajectory)
+        }
+        self.save(dynamics)  # from now on they are this run's, wherever it is killed
+        self._start(dynamics)
+
+    def _start(self, dynamics: MolecularDynamics) -> None:
         for number in range(len(self.members)):
-            write_atomically(self.log(number), ",".join(COLUMNS) + "\n")
-            write_atomically(self.trajectory(number), "")
-            self._sizes[self.log(number).name] = self.log(number).stat().st_size
-            self._sizes[self.trajectory(number).name] = 0
+            self._write(self.log(number), ",".join(COLUMNS) + "\n")
         self.record(dynamics, math.nan)
         self.save(dynamics)
 
@@ -206,7 +218,9 @@ class RunFolder:
             "members": dynamics.members,
             "lost": [lost[:3] for lost in dynamics.lost],
         }
-        write_atomically(self.folder / RESTART, to_safetensors(tensors, {"run": json.dumps(header)}))
+        metadata = {"run": json.dumps(header)}
+        metadata[CHECKSUM] = checksum(tensors, metadata)
+        write_atomically(self.folder / RESTART, to_safetensors(tensors, metadata))
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - start
 
@@ -219,9 +233,12 @@ class RunFolder:
         path = self.folder / RESTART
         try:
             with safe_open(path, framework="pt") as file:
-                header = _Header.model_validate_json(file.metadata()["run"])
-                state = State(*(file.get_tensor(name) for name in State._fields))
-                table = file.get_tensor("sums").numpy().copy()
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in (*State._fields, "sums")}
+            check(tensors, metadata)
+            header = _Header.model_validate_json(metadata["run"])
+            state = State(*(tensors[name] for name in State._fields))
+            table = tensors["sums"].numpy().copy()
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: damaged, or not the state of a run ({one_line(error)})") from error
         if differing := _difference(header.options, self.options):
@@ -242,6 +259,8 @@ class RunFolder:
         self._n_lost = len(header.lost)
         lost = [Lost(number, step, reason, None) for number, step, reason in header.lost]
         dynamics.restore(state, header.members, lost)
+        if not any(self._sizes.values()):
+            self._start(dynamics)
 
     @staticmethod
     def _cut(path: Path, size: int) -> None:
@@ -295,11 +314,16 @@ class RunFolder:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def read_log(path: Path) -> dict[str, list[float]]:
-    """Return the columns of a log; what is not there is NaN."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
+def read_log(path: Path, rows: Iterable[int] | None = None) -> dict[str, list[float]]:
+    """Return the columns of a log, or those of some of its rows; a value that is not there is NaN."""
+    with path.open(encoding="utf-8") as file:
+        file.readline()
+        lines: Iterable[str] = file
+        if rows is not None:
+            kept = set(rows)
+            lines = (line for number, line in enumerate(file) if number in kept)
+        table = [[float(value or "nan") for value in line.rstrip("\n").split(",")] for line in lines]
+    return {name: [row[place] for row in table] for place, name in enumerate(COLUMNS)}
 
 
 def file_name(number: int, file: str, temperature: float) -> str:

@@ -14,6 +14,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from numpy.typing import NDArray
 
+from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
 from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.potential import Potential
@@ -109,6 +110,7 @@ class MolecularDynamics:
             FixAtoms, NPT without a periodic cell.
     """
 
+    @own_settings
     def __init__(
         self,
         potential: Potential,
@@ -159,6 +161,7 @@ class MolecularDynamics:
             if self.n_steps == until and until % interval == 0:
                 observe(self)
 
+    @own_settings
     def snapshots(self, chosen: Iterable[int] | None = None) -> list[Snapshot]:
         """Take snapshots of the members, or of some by their place among them."""
         state, bath = self.state, self.bath
@@ -201,6 +204,7 @@ class MolecularDynamics:
             )
         return made
 
+    @own_settings
     def restore(self, state: State, members: Sequence[int], lost: Sequence[Lost]) -> None:
         """Go on from a state of these members, which `state`, `members` and `lost` were before."""
         self._gather(members)
@@ -269,6 +273,7 @@ class MolecularDynamics:
             break
         self._is_settled = True
 
+    @own_settings
     def _step(self) -> None:
         """Take one step, or find out who cannot take it and let them leave."""
         noise = self._noise.at(self.n_steps) if self.settings.draws else self.state.position[:0]
@@ -282,6 +287,7 @@ class MolecularDynamics:
             return
         self.state, self.n_steps = new, self.n_steps + 1
 
+    @own_settings
     def _recorded_run(self, n_steps: int) -> bool:
         """Take steps that are recorded; False where there are none, or a fault was found afterwards.
 

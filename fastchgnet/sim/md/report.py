@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ase.io
 from rich.console import Console
 
 from fastchgnet.report import Table, text
 from fastchgnet.sim.md.files import RunFolder, read_log
 from fastchgnet.sim.md.loop import MolecularDynamics
-from fastchgnet.sim.page import MAX_FRAMES, Panel, write_page
+from fastchgnet.sim.outputs import read_frames
+from fastchgnet.sim.page import Indices, Line, Movie, Panel, write_page
 
 
 class _Curve(NamedTuple):
@@ -71,22 +72,36 @@ def write_report(
         InputError: the page cannot be written, or what draws it is not installed.
     """
     settings, provenance = dynamics.settings, dynamics.potential.provenance
-    logs = {number: read_log(folder.log(number)) for number, row in enumerate(rows) if row["frames"]}
+    numbers = [number for number, row in enumerate(rows) if row["frames"]]
+
+    @cache
+    def log(number: int, kept: tuple[int, ...]) -> dict[str, list[float]]:
+        return read_log(folder.log(number), kept)
+
+    def line(number: int, curve: _Curve) -> Line:
+        def read(kept: Indices) -> tuple[list[float], list[float]]:
+            columns = log(number, tuple(kept.tolist()))
+            return columns["time_ps"], _values(curve, columns[curve.column], rows[number]["n_atoms"])
+
+        return Line(rows[number]["frames"], read)
+
     curves = (*_CURVES, _VOLUME) if settings.ensemble == "npt" else _CURVES
-    panels = []
-    for curve in curves:
-        lines = {
-            rows[number]["name"]: (log["time_ps"], _values(curve, log[curve.column], rows[number]["n_atoms"]))
-            for number, log in logs.items()
-        }
-        panels.append(Panel(curve.name, curve.unit, "time (ps)", lines))
-    movies = {
-        rows[number]["name"]: list(
-            ase.io.iread(
-                folder.trajectory(number), f"::{1 + rows[number]['frames'] // MAX_FRAMES}", format="extxyz"
-            )
+    panels = [
+        Panel(
+            curve.name,
+            curve.unit,
+            "time (ps)",
+            {rows[number]["name"]: line(number, curve) for number in numbers},
         )
-        for number in logs
+        for curve in curves
+    ]
+    movies = {
+        rows[number]["name"]: Movie(
+            rows[number]["frames"],
+            rows[number]["n_atoms"],
+            partial(read_frames, folder.trajectory(number)),
+        )
+        for number in numbers
     }
     notes = [
         f"{settings.ensemble.upper()}, steps of {settings.timestep:g} fs, seed {settings.seed}.",

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastchgnet.errors import InputError
-from fastchgnet.files import only_process
+from fastchgnet.files import check_folder, only_process, refuse_existing
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import Crystal, read_crystals
 from fastchgnet.published import load
@@ -104,14 +104,15 @@ def run_files(
     """
     if plan.report is not None:
         require_libraries()
-    check_report(plan.report, plan.files)
+    goes_on = plan.resume and (plan.out / RESTART).exists()
+    check_report(plan.report, goes_on)
     crystals, found = read_crystals(plan.files)
     errors = [str(error) for error in found]
     starts = _starts(crystals, plan, errors)
     if not starts:
         return Outcome([], errors, False)
-    _check_out(plan)
     atoms, members = _expand(starts, plan)
+    _check_out(plan, members)
     potential = load(model, device, dtype)
     dynamics = MolecularDynamics(potential, atoms, [one.temperature for one in members], plan.settings)
     folder = RunFolder(
@@ -119,7 +120,7 @@ def run_files(
     )
     with only_process(plan.out), stop_request() as request:
         remove_parts(plan.out / RESTART)
-        _check_out(plan)  # another process may have run there in the meantime
+        _check_out(plan, members)  # another process may have run there in the meantime
         if (plan.out / RESTART).exists():
             folder.resume(dynamics)
         else:
@@ -135,8 +136,14 @@ def run_files(
     return Outcome(rows, errors, bool(dynamics.members) and dynamics.n_steps < plan.steps)
 
 
-def _check_out(plan: Plan) -> None:
-    if (plan.out / RESTART).exists() and not plan.resume:
+def _check_out(plan: Plan, members: Sequence[Member]) -> None:
+    """Refuse a folder that takes no files, or holds what this run did not write."""
+    check_folder(plan.out)
+    if not (plan.out / RESTART).exists():
+        paths = (path for one in members for path in (one.trajectory(plan.out), one.log(plan.out)))
+        # a process that was killed before it had saved its first state leaves empty files
+        refuse_existing(path for path in paths if not (path.is_file() and path.stat().st_size == 0))
+    elif not plan.resume:
         raise InputError(f"{plan.out}: holds a run already; --resume goes on with it")
 
 

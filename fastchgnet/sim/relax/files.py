@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from ase import Atoms
@@ -16,13 +16,13 @@ from ase.constraints import FixAtoms
 from numpy.typing import NDArray
 
 from fastchgnet.errors import InputError
-from fastchgnet.files import write_atomically
+from fastchgnet.files import check_folder, check_writable, refuse_existing, write_atomically
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import Crystal, read_crystals, systems_from_frames
 from fastchgnet.sim.constraints import fixed_in_files
 from fastchgnet.sim.outputs import number_or_none, one_line, plain_name
 from fastchgnet.sim.relax.loop import Relaxation
-from fastchgnet.sim.relax.record import Key, Record, Row, to_extxyz
+from fastchgnet.sim.relax.record import Key, Record, Row, lines_path, to_extxyz
 from fastchgnet.sim.relax.result import Relaxed, Settings
 from fastchgnet.sim.relax.room import Room
 from fastchgnet.units import GPA
@@ -65,22 +65,22 @@ class Task:
     batch_size: int | None = None
     trajectory: Path | None = None  # folder for all steps of each crystal
 
+    @property
+    def lines(self) -> Path:
+        """What came of each crystal."""
+        return lines_path(self.out)
+
     def check(self, files: Sequence[Path]) -> None:
         """Raise InputError where results cannot be written under this name."""
         if self.out.suffix != ".extxyz":
             raise InputError(f"{self.out}: relaxed crystals are written as .extxyz")
         if self.out.resolve() in [path.resolve() for path in files]:
             raise InputError(f"{self.out}: is one of the files to relax; name another --out")
-        if self.out.is_dir():
-            raise InputError(f"{self.out}: cannot be written (it is a folder)")
-        if self.trajectory is None:
-            return
-        try:
-            self.trajectory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.trajectory}: cannot be written ({error.strerror or error})") from error
-        if not os.access(self.trajectory, os.W_OK):
-            raise InputError(f"{self.trajectory}: cannot be written (no permission)")
+        check_writable(self.out)
+        if not self.lines.exists():
+            refuse_existing([self.out])
+        if self.trajectory is not None:
+            check_folder(self.trajectory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,9 @@ def relax_files(potential: Potential, inputs: Inputs, task: Task, watcher: Watch
     """
     keys = inputs.keys
     starts = {key: _fingerprint(inputs, place) for place, key in enumerate(keys)}
-    with Record(task.out, _dependencies(potential, task.settings), starts) as record:
+    dependencies = _dependencies(potential, task.settings)
+    paths = _paths(task.trajectory, starts, dependencies)
+    with Record(task.out, dependencies, starts) as record:
         todo = [place for place, key in enumerate(keys) if key not in record.rows]
         _say_which_cells_stay(inputs, todo, task.settings)
         relaxation = Relaxation(
@@ -130,7 +132,7 @@ def relax_files(potential: Potential, inputs: Inputs, task: Task, watcher: Watch
             [inputs.held[place] for place in todo],
             task.settings,
             Room.of(potential, task.batch_size),
-            keep_paths=task.trajectory is not None,
+            keep_paths=bool(paths),
         )
         n_done = len(inputs.crystals) - len(todo)
         watcher.begin(len(inputs.crystals), n_done)
@@ -138,8 +140,8 @@ def relax_files(potential: Potential, inputs: Inputs, task: Task, watcher: Watch
             for relaxed in relaxation.step():
                 place = todo[relaxed.index]
                 key = keys[place]
-                if task.trajectory is not None and relaxed.path:
-                    _write_path(task.trajectory, key, relaxed)
+                if paths and relaxed.path:
+                    _write_path(paths[key], key, relaxed)
                 row = _row(inputs.crystals[place], relaxed) | {"start": starts[key]}
                 record.add(key, row, _described(relaxed, inputs.held[place]))
                 n_done += 1
@@ -232,9 +234,36 @@ def _described(relaxed: Relaxed, held: NDArray[np.bool_]) -> Atoms:
     return atoms
 
 
-def _write_path(folder: Path, key: Key, relaxed: Relaxed) -> None:
+class _Path(NamedTuple):
+    """Where the steps of a crystal are written, and what they depend on."""
+
+    file: Path
+    run: str
+
+
+def _paths(
+    folder: Path | None, starts: Mapping[Key, str], dependencies: Mapping[str, Any]
+) -> dict[Key, _Path]:
+    """Name the files of steps; raise InputError where one has the steps of something else."""
+    paths: dict[Key, _Path] = {}
+    if folder is not None:
+        for key, start in starts.items():
+            digest = hashlib.sha256(json.dumps([start, dependencies]).encode()).hexdigest()
+            path = paths[key] = _Path(trajectory_path(folder, key), f"sha256:{digest[:16]}")
+            if not path.file.is_file() or path.run not in _first_lines(path.file):
+                refuse_existing([path.file])
+    return paths
+
+
+def _first_lines(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline() + file.readline()
+
+
+def _write_path(path: _Path, key: Key, relaxed: Relaxed) -> None:
     """Write every step of a crystal."""
     frames = [step.as_atoms() for step in relaxed.path]
     for number_of_step, (atoms, fmax) in enumerate(zip(frames, relaxed.fmaxs.tolist(), strict=True)):
         atoms.info = {"file": one_line(key[0]), "index": key[1], "step": number_of_step, "fmax": fmax}
-    write_atomically(trajectory_path(folder, key), to_extxyz(frames))
+    frames[0].info["run"] = path.run
+    write_atomically(path.file, to_extxyz(frames))

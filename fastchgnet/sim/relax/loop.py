@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastchgnet.device import own_settings
 from fastchgnet.graph import Systems
 from fastchgnet.neighbors import graph_sizes
 from fastchgnet.potential import Potential
@@ -97,6 +98,7 @@ class Relaxation:
     _atom_start: Tensor
     _moving: MovingSystems
 
+    @own_settings
     def __init__(
         self,
         potential: Potential,
@@ -130,6 +132,7 @@ class Relaxation:
         """Whether every crystal is done."""
         return not len(self._state) and not self._parked and self._n_entered == self.systems.n_systems
 
+    @own_settings
     def step(self) -> list[Relaxed]:
         """Take a step of every crystal in the batch, and return those that are done."""
         self._fill()

@@ -33,6 +33,11 @@ Key = tuple[str, int]
 Row = dict[str, Any]
 
 
+def lines_path(out: Path) -> Path:
+    """Return where the lines of the crystals in `out` are."""
+    return out.with_suffix(".jsonl")
+
+
 class Record:
     """The finished relaxations of a command; use as a context.
 
@@ -47,7 +52,7 @@ class Record:
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], starts: Mapping[Key, str]) -> None:
-        self.out, self.lines = out, out.with_suffix(".jsonl")
+        self.out, self.lines = out, lines_path(out)
         self._part = out.with_name(f".{out.name}.part")
         self._lock_path = out.with_name(f".{out.name}.lock")
         self._settings = dict(settings)
@@ -74,6 +79,7 @@ class Record:
         rows = {(row["file"], row["index"]): row for row in self._read_lines()}
         for row in rows.values():
             self._compare(row, starts)
+        self._refuse_others({row["crystal"] for row in rows.values()})
         if rows:
             blocks = {_digest(block): block for path in (self.out, self._part) for block in _blocks(path)}
             self.rows = {key: row for key, row in rows.items() if row["crystal"] in blocks}
@@ -108,10 +114,22 @@ class Record:
         for name, value in self._settings.items():
             if before.get(name) != value:
                 found = f"was made with {name} {before.get(name)}, not {value}"
-                raise InputError(f"{self.lines}: {found}; name another --out, or remove it to start over")
+                raise InputError(f"{self.lines}: {found}; name another --out, or remove both files")
         key = (row["file"], row["index"])
         if starts.get(key, row["start"]) != row["start"]:
             raise InputError(f"{key[0]}:{key[1]} has changed since it was relaxed into {self.out}")
+
+    def _refuse_others(self, digests: set[str]) -> None:
+        """Refuse to replace anything but crystals that have a line."""
+        if not self.out.exists():
+            return
+        blocks = list(_blocks(self.out))
+        is_whole = sum(len(block.encode()) for block in blocks) == self.out.stat().st_size
+        if not (is_whole and digests.issuperset(map(_digest, blocks))):
+            raise InputError(
+                f"{self.out}: exists already and holds what {self.lines} does not name; "
+                "name another --out or remove it"
+            )
 
     def add(self, key: Key, row: Row, atoms: Atoms) -> None:
         """Write a finished relaxation.
@@ -145,9 +163,10 @@ class Record:
         """Write the crystals and lines in this order, then those of other inputs; the files are whole."""
         keys = [key for key in dict.fromkeys([*order, *self.rows]) if key in self.rows]
         self.rows = {key: self.rows[key] for key in keys}
-        write_atomically(self.out, "".join(self._blocks[key] for key in keys))
+        # no crystal is there without its line at any time
         self._line_file.close()
         self._write_lines()
+        write_atomically(self.out, "".join(self._blocks[key] for key in keys))
         self._part_file.close()
         self._part.unlink(missing_ok=True)
 

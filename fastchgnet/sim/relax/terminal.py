@@ -6,18 +6,18 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ase import Atoms
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastchgnet.published import load
 from fastchgnet.report import Table, print_tables, text
-from fastchgnet.sim.outputs import check_report
-from fastchgnet.sim.page import Panel, require_libraries, write_page
+from fastchgnet.sim.outputs import check_report, read_frames
+from fastchgnet.sim.page import Line, Movie, Panel, require_libraries, write_page
 from fastchgnet.sim.relax.files import Outcome, Task, read_inputs, relax_files, trajectory_path
 from fastchgnet.sim.relax.record import Row
 from fastchgnet.train.signals import stop_request
@@ -94,7 +94,7 @@ def relax_in_terminal(
     task.check(files)
     if report is not None:
         require_libraries()
-    check_report(report, [*files, task.out, task.out.with_suffix(".jsonl")])
+    check_report(report, task.lines.exists())
     inputs = read_inputs(files)
     rows: list[Row] = []
     finished = True
@@ -105,7 +105,7 @@ def relax_in_terminal(
         rows, finished = outcome.rows, outcome.finished
         if report is not None:
             _write_report(report, outcome, task)
-        _show(rows, task.out, as_json)
+        _show(rows, task, as_json)
     failed = [row for row in rows if row["failed"]]
     for error in inputs.errors:
         print(f"error: {error}", file=sys.stderr)
@@ -120,13 +120,13 @@ def relax_in_terminal(
     return 1 if len(rows) > len(failed) else 2
 
 
-def _show(rows: Sequence[Row], out: Path, as_json: bool) -> None:
+def _show(rows: Sequence[Row], task: Task, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, allow_nan=False))
         return
-    sentences = [_summary(rows), f"Crystals in {out}, every step's energy in {out.with_suffix('.jsonl')}."]
+    sentences = [_summary(rows), f"Crystals in {task.out}, every step's energy in {task.lines}."]
     if len(rows) > SHOWN:
-        sentences.insert(0, f"{len(rows) - SHOWN} more are in {out.with_suffix('.jsonl')}.")
+        sentences.insert(0, f"{len(rows) - SHOWN} more are in {task.lines}.")
     print_tables([_table(rows[:SHOWN])] if rows else [], sentences)
 
 
@@ -168,9 +168,9 @@ def _write_report(path: Path, outcome: Outcome, task: Task) -> None:
     for row in rows:
         name, steps = f"{row['file']}:{row['index']} {row['formula']}", range(len(row["energies"]))
         above = [1000 * (energy - row["energy"]) / row["n_atoms"] for energy in row["energies"]]
-        energies[name] = (steps, above)
-        forces[name] = (steps, row["fmaxs"])
-    movies: dict[str, list[Atoms]] = {}
+        energies[name] = Line.of(steps, above)
+        forces[name] = Line.of(steps, row["fmaxs"])
+    movies: dict[str, Movie] = {}
     for place, (file, index) in enumerate(outcome.inputs.keys):
         if (file, index) in outcome.record.rows and len(movies) < MOVIES:
             movies[f"{file}:{index}"] = _movie(outcome, place, task)
@@ -192,11 +192,10 @@ def _write_report(path: Path, outcome: Outcome, task: Task) -> None:
     )
 
 
-def _movie(outcome: Outcome, place: int, task: Task) -> list[Atoms]:
-    """Return every step of a crystal where these have been written, else the first and the last."""
+def _movie(outcome: Outcome, place: int, task: Task) -> Movie:
+    """Show every step of a crystal where these have been written, else the first and the last."""
     crystal, key = outcome.inputs.crystals[place], outcome.inputs.keys[place]
     if task.trajectory is not None and (path := trajectory_path(task.trajectory, key)).is_file():
-        from ase.io import read
-
-        return list(read(path, ":", format="extxyz"))
-    return [crystal.as_atoms(), outcome.record.crystal(key)]
+        row = outcome.record.rows[key]
+        return Movie(len(row["energies"]), row["n_atoms"], partial(read_frames, path))
+    return Movie.of([crystal.as_atoms(), outcome.record.crystal(key)])
