@@ -34,6 +34,7 @@ def cli(monkeypatch, capsys, tmp_path) -> Cli:
     save_potential(potential(SMALL), "model.safetensors")
     ase.io.write("iron.xyz", crystals()[3])
     write_store(list(labelled_frames(8)), "store", Provenance(name="store"))
+    Path("run.yaml").write_text("data: {train: store, val: store}\ntrain: {out: run, device: cpu}\n")
 
     def run(*args: object) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["fastchgnet", *map(str, args)])
@@ -66,6 +67,8 @@ def contents() -> dict[str, bytes]:
         ("out/parity.png", ("evaluate", "model.safetensors", "store", "--out", "out")),
         ("sizes.png", ("inspect", "store", "--png", "sizes.png")),
         ("new", ("prepare", "iron.xyz", "--out", "new")),
+        ("run/best.safetensors", ("train", "run.yaml")),
+        ("run/metrics.jsonl", ("train", "run.yaml", "--resume")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
@@ -75,7 +78,8 @@ def test_what_is_there_is_not_replaced(cli: Cli, monkeypatch, there: str, comman
     Path(there).write_text("of somebody\n")
     before = contents()
     status, lines = cli(*command)
-    assert (status, lines) == (2, [f"error: {there}: exists already; choose another name or remove it"])
+    place = Path(there).resolve() if command[0] == "train" else there  # configurations hold whole paths
+    assert (status, lines) == (2, [f"error: {place}: exists already; choose another name or remove it"])
     assert contents() == before
 
 

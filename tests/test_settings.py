@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -140,9 +139,7 @@ def trained(folder: Path) -> Numbers:
             "data": {"train": folder / STORE, "batch_size": 4, "val": folder / STORE},
             "train": {"out": Path(out) / "run", "epochs": 1, "device": "cpu"},
         }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of so few frames
-            train(RunConfig.model_validate(config))
+        train(RunConfig.model_validate(config))
         model = load_potential(Path(out) / "run" / "last.safetensors")
     return flat(*(values.detach() for values in model.state_dict().values()))
 
