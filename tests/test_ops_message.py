@@ -244,13 +244,19 @@ def assert_compiled_is_pytorch(given: tuple, unused: int | None = None) -> None:
 
     def levels() -> list[Tensor]:
         torch.manual_seed(1)
-        output = called(*given)
+        # two readers of the same weights and rows, so that gradients are added to one table or two
+        shared = [None if t is None else Shared(t) for t in given[1:3]]
+        first_reader, second_reader = (messages(given[0], *shared, *given[3:]) for _ in range(2))
+        output = first_reader + 2 * second_reader
         grad = torch.randn_like(output).requires_grad_()
         with feature_derivatives():
             first = torch.autograd.grad(output, features, grad, create_graph=True)
         loss = sum((f * torch.randn_like(f)).sum() for k, f in enumerate(first) if k != unused)
         second = torch.autograd.grad(loss, [grad, *leaves], retain_graph=True)
-        return [output, *first, *second, *torch.autograd.grad(output, leaves, grad)]
+        both = torch.autograd.grad(
+            loss + (output * torch.randn_like(output)).sum(), leaves, retain_graph=True
+        )
+        return [output, *first, *second, *both, *torch.autograd.grad(output, leaves, grad)]
 
     compiled = levels()
     with native.disabled():

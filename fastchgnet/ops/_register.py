@@ -70,8 +70,8 @@ class Family:
         parameters: schemas of the tensors it is differentiable by.
         constants: schemas of the rest.
         forward: (*inputs) -> output.
-        backward: (with_parameters, grad, *inputs) -> one gradient for each feature and, if asked,
-            parameter; None for those that are None or have none.
+        backward: (onto, with_parameters, grad, *inputs) -> one gradient for each feature and, if asked,
+            parameter; None for those that are None or have none. See `adding`.
         backward_backward: (cotangents, grad, *inputs), cotangents of the features' gradients, None where
             zero -> gradients of grad, of each feature and of each parameter.
         shape: (*inputs) -> an empty output, for tracing.
@@ -121,7 +121,7 @@ class Family:
             f"({cotangents}, {grads}, {inputs}) -> {_tensors(n_outputs + n)}",
             no_derivative,
         )
-        self._register("CompositeExplicitAutograd", forward, adding(backward), backward_backward)
+        self._register("CompositeExplicitAutograd", forward, backward, backward_backward)
         self._register_shapes(shape)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -141,7 +141,7 @@ class Family:
         return outputs
 
     def on_cuda(self, forward: _Function, backward: _Function, backward_backward: _Function) -> None:
-        """Use other bodies for tensors on CUDA: the same functions, but backward takes `onto` first."""
+        """Use other bodies, of the same signatures, for tensors on CUDA."""
         self._register("CUDA", forward, backward, backward_backward)
 
     def _register(self, key: str, forward: _Function, backward: _Function, second: _Function) -> None:
@@ -236,7 +236,7 @@ class Family:
 
 
 def adding(body: _Function) -> _Function:
-    """Make a backward body that takes `onto` first of one that does not."""
+    """Make a backward body of one that does not take `onto`."""
 
     def call(onto: Sequence[tuple[Tensor, ...]], *given: Any) -> list[Tensor | None]:
         return added(body(*given), onto)

@@ -257,7 +257,7 @@ _family = Family(
     parameters=["Tensor? frequency"],
     constants=["Tensor i", "Tensor i_start", "Tensor j", "Tensor reverse", "int n_functions"],
     forward=_forward,
-    backward=_backward,
+    backward=adding(_backward),
     backward_backward=_backward_backward,
     shape=lambda short_edge, frequency, i, start, j, reverse, n: short_edge.new_empty(len(i), n),
 )

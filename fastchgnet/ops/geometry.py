@@ -103,7 +103,7 @@ _family = Family(
     parameters=[],
     constants=["Tensor short_bond", "Tensor short_sign", "Tensor bond_short"],
     forward=reference,
-    backward=_backward,
+    backward=adding(_backward),
     backward_backward=_backward_backward,
     shape=lambda bond_vector, short_bond, short_sign, bond_short: (
         bond_vector.new_empty(len(bond_vector), 1),

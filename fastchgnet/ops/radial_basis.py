@@ -124,7 +124,7 @@ _family = Family(
     parameters=["Tensor frequency"],
     constants=["float cutoff", "int p"],
     forward=_forward,
-    backward=_backward,
+    backward=adding(_backward),
     backward_backward=_backward_backward,
     shape=lambda distance, frequency, cutoff, p: distance.new_empty(len(distance), len(frequency)),
 )

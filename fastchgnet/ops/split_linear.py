@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastchgnet.ops._register import Family
+from fastchgnet.ops._register import Family, adding
 
 N_TABLES = 4
 """One for each block of the network."""
@@ -89,7 +89,7 @@ _family = Family(
     parameters=["Tensor weight"],
     constants=[],
     forward=_forward,
-    backward=_backward,
+    backward=adding(_backward),
     backward_backward=_backward_backward,
     shape=_shapes,
     n_outputs=N_TABLES,

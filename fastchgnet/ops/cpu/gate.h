@@ -18,11 +18,17 @@ struct Given {
     int64_t n_i, n_j, n_r, n_k, n_threads, has_w, has_a;  // even tensors without elements may be null
 };
 
+// What gradients of the features are added to: nothing, one table or two.
+struct Onto {
+    const float *p[2], *q[2], *r[2], *r_tail[2], *w[2], *a[2];
+};
+
 struct Outputs {
     float* y;                           // the messages or their sums; for the second derivative the gradient of G
     float *p, *q, *r, *r_tail, *w, *a;  // gradients of the features
     float *h, *w_rows;                  // gradients by rows, [N, 2D] and [N, D]
     float* parameters;                  // null where not asked for
+    Onto onto;
 };
 
 // The parameters, or their gradients, that stand one behind the other; what is missing is null.

@@ -9,6 +9,14 @@
 #include "gate.h"
 #include "threads.h"
 
+// Starts n sums with what they are added to: nothing, one table or two.
+static void start_sums(float* sum, const float* const* onto, int64_t offset, int64_t n) {
+    if (!onto[0]) std::memset(sum, 0, n * sizeof(float));
+    if (onto[0]) std::memcpy(sum, onto[0] + offset, n * sizeof(float));
+    if (onto[1])
+        for (int64_t at = 0; at < n; at++) sum[at] += onto[1][offset + at];
+}
+
 template <int D>
 class Worker : Gate<D> {
     using Gate<D>::D2, Gate<D>::in, Gate<D>::t, Gate<D>::first, Gate<D>::rows, Gate<D>::over, Gate<D>::gather;
@@ -24,7 +32,7 @@ class Worker : Gate<D> {
     template <typename F>
     void run(int64_t from, int64_t to, F work) {
         if (in.has_w && out.y) std::memset(out.y + from * D, 0, (to - from) * D * sizeof(float));
-        if (out.p) std::memset(out.p + from * D2, 0, (to - from) * D2 * sizeof(float));
+        if (out.p) start_sums(out.p + from * D2, out.onto.p, from * D2, (to - from) * D2);
         for (first = in.i_start[from]; first < in.i_start[to]; first += rows) {
             const int64_t left = in.i_start[to] - first;
             rows = left < TILE ? int(left) : TILE;
@@ -198,8 +206,9 @@ class Worker : Gate<D> {
         }
         if (!in.a) return;
         float* a = out.a + first * D;
-        if (da) std::memcpy(a, da + first * D, rows * D * sizeof(float));
-        multiply(rows, D, D2, dh, D2, in.angle_weight, D, a, D, da ? Start::add : Start::zero);
+        start_sums(a, out.onto.a, first * D, rows * D);
+        for (int n = 0; da && n < rows * D; n++) a[n] += da[first * D + n];
+        multiply(rows, D, D2, dh, D2, in.angle_weight, D, a, D, Start::add);
     }
 
     void add_linear(const float* dz, const float* s, bool with_bias) {
@@ -269,11 +278,12 @@ struct Sum {
     const int64_t *order, *start;
     int64_t n_segments, width;
     float* out;
+    const float* const* onto;
 
     void run(int64_t from, int64_t to) const {
         for (int64_t s = from; s < to; s++) {
             float* sum = out + s * width;
-            std::memset(sum, 0, width * sizeof(float));
+            start_sums(sum, onto, s * width, width);
             for (int64_t at = start[s]; at < start[s + 1]; at++) {
                 const float* row = rows + (order ? order[at] : at) * width;
                 for (int64_t n = 0; n < width; n++) sum[n] += row[n];
@@ -294,10 +304,11 @@ static void dispatch(int level, const Inputs& in, const Outputs& out) {
     if (level == 1) in_threads<D>(in, out, [](Worker<D>& worker) { worker.backward(); });
     if (level == 2) in_threads<D>(in, out, [](Worker<D>& worker) { worker.second(); });
     if (level == 0) return;
-    std::vector<Sum> wanted{{out.h, in.j_order, in.j_start, in.n_j, 2 * D, out.q},
-                            {out.h, in.k_order, in.k_start, in.n_r, 2 * D, out.r},
-                            {out.h, in.k_order, in.k_start + in.n_r, in.n_k - in.n_r, 2 * D, out.r_tail}};
-    if (in.has_w) wanted.push_back({out.w_rows, in.k_order, in.k_start, in.n_k, D, out.w});
+    std::vector<Sum> wanted{{out.h, in.j_order, in.j_start, in.n_j, 2 * D, out.q, out.onto.q},
+                            {out.h, in.k_order, in.k_start, in.n_r, 2 * D, out.r, out.onto.r},
+                            {out.h, in.k_order, in.k_start + in.n_r, in.n_k - in.n_r, 2 * D, out.r_tail,
+                             out.onto.r_tail}};
+    if (in.has_w) wanted.push_back({out.w_rows, in.k_order, in.k_start, in.n_k, D, out.w, out.onto.w});
     add_up(wanted, in.n_threads);
 }
 
@@ -319,5 +330,6 @@ extern "C" void use_pool(decltype(Pool::run) run, decltype(Pool::number) number,
 
 extern "C" void sum_rows(const float* rows, const int64_t* order, const int64_t* start, int64_t n_segments,
                          int64_t width, int64_t n_threads, float* out) {
-    add_up({{rows, order, start, n_segments, width, out}}, n_threads);
+    const float* const nothing[2]{};
+    add_up({{rows, order, start, n_segments, width, out, nothing}}, n_threads);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from fastchgnet.ops import _message_torch
 from fastchgnet.ops._message_inputs import Inputs
+from fastchgnet.ops._register import added
 from fastchgnet.ops.cpu import native
 
 _WIDTHS = (16, 64)
 _N_DIRECTIONS = 7  # of the struct Given: grad, u_p, u_q, u_r, u_tail, u_w, u_a
+_N_ONTO = 12  # of the struct Onto: two for each feature
 
 
 def _library(m: Inputs) -> ctypes.CDLL | None:
@@ -29,17 +32,20 @@ def forward(*inputs: Any) -> Tensor:
     if library is None:
         return _message_torch.forward(*inputs)
     y = m.p.new_empty(len(m.i) if m.w is None else len(m.p), m.width)
-    _call(library, 0, m, (), [y, *[None] * 9])
+    _call(library, 0, m, (), [y, *[None] * (9 + _N_ONTO)])
     return y
 
 
-def backward(with_parameters: bool, grad: Tensor, *inputs: Any) -> list[Tensor | None]:
+def backward(
+    onto: Sequence[tuple[Tensor, ...]], with_parameters: bool, grad: Tensor, *inputs: Any
+) -> list[Tensor | None]:
     """Return gradients of features and, if asked, parameters."""
     m = Inputs(*inputs)
     library = _library(m)
     if library is None:
-        return _message_torch.backward(with_parameters, grad, *inputs)
-    return _gradients(library, 1, m, (grad,), None, with_parameters)
+        return added(_message_torch.backward(with_parameters, grad, *inputs), onto)
+    *features, by_parameters = _gradients(library, 1, m, (grad,), None, with_parameters, onto)
+    return [*features, *added([by_parameters], onto[6:])]
 
 
 def backward_backward(cotangents: tuple[Any, ...], grad: Tensor, *inputs: Any) -> list[Tensor | None]:
@@ -53,16 +59,23 @@ def backward_backward(cotangents: tuple[Any, ...], grad: Tensor, *inputs: Any) -
 
 
 def _gradients(
-    library: ctypes.CDLL, level: int, m: Inputs, directions: tuple[Any, ...], y: Any, with_parameters: bool
+    library: ctypes.CDLL,
+    level: int,
+    m: Inputs,
+    directions: tuple[Any, ...],
+    y: Any,
+    with_parameters: bool,
+    onto: Sequence[tuple[Tensor, ...]] = (),
 ) -> list[Tensor | None]:
-    """Make and fill gradients of the features and, if asked, of the parameters."""
+    """Make and fill gradients of the features, added to what there is, and, if asked, of the parameters."""
     n = len(m.i)
     found = [None if t is None else m.p.new_empty(t.shape) for t in m[:6]]
     rows = [m.p.new_empty(n, 2 * m.width), None if m.w is None else m.p.new_empty(n, m.width)]
     by_parameters = None
     if with_parameters and m.parameters is not None:
         by_parameters = m.p.new_empty(m.parameters.shape)
-    _call(library, level, m, directions, [y, *found, *rows, by_parameters])
+    before = [t for some in onto[:6] for t in (*some, None, None)[:2]] or [None] * _N_ONTO
+    _call(library, level, m, directions, [y, *found, *rows, by_parameters, *before])
     return [*found, by_parameters]
 
 
