@@ -19,7 +19,7 @@ KINDS = ["first atoms", "atoms", "last atoms", "first bonds", "bonds", "last bon
 SIZES = [2000, 8000]
 MAX_SHARED = 80 * 1024
 """Bytes that a program may take: two run at once, on an A100 too."""
-MAX_SPILLED = {"_forward_kernel": 0, "_backward_kernel": 96, "_weigh_kernel": 0}
+MAX_SPILLED = {"_forward_kernel": 0, "_backward_kernel": 96, "_weigh_kernel": 0, "_sum_kernel": 0}
 """Bytes of a thread; 96 of all threads of a multiprocessor are a tenth of its cache."""
 
 
