@@ -267,8 +267,8 @@ class CHGNet(nn.Module):
         That is the weights of messages, the features of bonds and angles, and the long bonds, embedded and
         projected for every atom convolution.
         """
-        distance, short_K3 = geometry(bond_vector, batch)
-        bond_weight_BD = self.bond_weight(self.bond_basis(distance[: batch.n_short_bonds]))
+        distance, short_distance, short_K3 = geometry(bond_vector, batch)
+        bond_weight_BD = self.bond_weight(self.bond_basis(short_distance))
         angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
         basis_UR = self.atom_basis(distance)
         embedding_DR = self.bond_embedding.weight
