@@ -185,9 +185,9 @@ class Graph:
     """What the layers gather from and sum into."""
 
     def __init__(self, batch: Batch) -> None:
-        self.edges = Rows(batch.by_center, batch.by_neighbor, batch.by_bond)
+        by_bond, self.short_by_bond = batch.by_bond
+        self.edges = Rows(batch.by_center, batch.by_neighbor, by_bond)
         self.angles = Rows(batch.angle_by_i, batch.angle_by_center, batch.angle_by_j)
-        self.short_by_bond = batch.short_by_bond
         self.bond_short = batch.bond_short
 
 
@@ -253,7 +253,7 @@ class CHGNet(nn.Module):
             bonds = self._update_bonds(t + 1, bonds, sent, graph, projected)
             if t < len(self.angle_updates):
                 angle_TD = Shared(self.angle_updates[t](projected, angle_TD, graph.angles))
-        magmoms = self.magmom(atom_AD)[:, 0].abs()
+        magmoms = self.magmom(atom_AD).squeeze(1).abs()
         sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
         atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected)
         site_energy = readout(atom_AD, self.readout_norm, self.readout)
