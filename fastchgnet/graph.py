@@ -150,14 +150,13 @@ class Batch(_Tensors):
         return Index(self.edge_neighbor, self.atom_edge, self.edge_reverse)
 
     @property
-    def by_bond(self) -> Index:
-        """Edges by bond."""
-        return Index(self.edge_bond, _pairs(self.bond_edge), self.bond_edge.flatten())
-
-    @property
-    def short_by_bond(self) -> Index:
-        """Short edges by bond."""
-        return Index(self.short_bond, _pairs(self.bond_short), self.bond_short.flatten())
+    def by_bond(self) -> tuple[Index, Index]:
+        """Edges by bond, and short edges by short bond: two each, so that both start at the same rows."""
+        start = torch.arange(0, 2 * len(self.bond_edge) + 1, 2, device=self.bond_edge.device)
+        return (
+            Index(self.edge_bond, start, self.bond_edge.flatten()),
+            Index(self.short_bond, start[: self.n_short_bonds + 1], self.bond_short.flatten()),
+        )
 
     @property
     def angle_by_center(self) -> Index:
@@ -188,11 +187,6 @@ class Batch(_Tensors):
             Index(self.bond_center, self.atom_edge, self.edge_bond),
             Index(self.bond_neighbor, none, none[:0]),
         )
-
-
-def _pairs(rows: Tensor) -> Tensor:
-    """Start of every segment where each has two rows."""
-    return torch.arange(0, 2 * len(rows) + 1, 2, device=rows.device)
 
 
 @dataclass(frozen=True, slots=True)

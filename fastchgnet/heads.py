@@ -20,7 +20,8 @@ from fastchgnet.units import GPA
 
 def pair_forces(pair_force_U3: Tensor, batch: Batch) -> Tensor:
     """Sum what each bond does to its two ends, [A, 3]; +f on the centre and -f on the neighbour."""
-    along_edge = gather(pair_force_U3, batch.by_bond) * batch.edge_sign[:, None]
+    by_bond, _ = batch.by_bond
+    along_edge = gather(pair_force_U3, by_bond) * batch.edge_sign[:, None]
     return segment_sum(along_edge, batch.by_center)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
+from fastchgnet.ops.bond_tables import bond_tables
 from fastchgnet.ops.geometry import geometry
 from fastchgnet.ops.message import MLP, Rows, Tables, messages
 from fastchgnet.ops.packing import packed
@@ -29,7 +30,6 @@ from fastchgnet.ops.projection import Ends, Sent, project
 from fastchgnet.ops.readout import readout
 from fastchgnet.ops.segments import gather
 from fastchgnet.ops.shared import Shared
-from fastchgnet.ops.split_linear import split_linear
 from fastchgnet.units import MAX_ATOMIC_NUMBER
 
 D = 64
@@ -185,9 +185,9 @@ class Graph:
     """What the layers gather from and sum into."""
 
     def __init__(self, batch: Batch) -> None:
-        self.edges = Rows(batch.by_center, batch.by_neighbor, batch.by_bond)
+        by_bond, self.short_by_bond = batch.by_bond
+        self.edges = Rows(batch.by_center, batch.by_neighbor, by_bond)
         self.angles = Rows(batch.angle_by_i, batch.angle_by_center, batch.angle_by_j)
-        self.short_by_bond = batch.short_by_bond
         self.bond_short = batch.bond_short
 
 
@@ -242,8 +242,7 @@ class CHGNet(nn.Module):
             bond_vector: [U, 3], A, in the network's dtype; what forces are derivatives by.
         """
         graph = Graph(batch)
-        weights, bonds, angle_TD = self._embed(batch, bond_vector, graph)
-        projected = self._project_long(bonds.long_basis_LR)
+        weights, bonds, angle_TD, projected = self._embed(batch, bond_vector, graph)
         bonds = self._update_bonds(0, bonds, None, graph, projected)
         atom_AD = self._update_atoms(0, self.atom_embedding(batch.atomic_number - 1), None, projected)
         for t, conv in enumerate(self.atom_convs[:-1]):
@@ -254,29 +253,41 @@ class CHGNet(nn.Module):
             bonds = self._update_bonds(t + 1, bonds, sent, graph, projected)
             if t < len(self.angle_updates):
                 angle_TD = Shared(self.angle_updates[t](projected, angle_TD, graph.angles))
-        magmoms = self.magmom(atom_AD)[:, 0].abs()
+        magmoms = self.magmom(atom_AD).squeeze(1).abs()
         sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
         atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected)
         site_energy = readout(atom_AD, self.readout_norm, self.readout)
         return Features(site_energy, magmoms, atom_AD, bonds)
 
-    def _embed(self, batch: Batch, bond_vector: Tensor, graph: Graph) -> tuple[Weights, BondFeatures, Shared]:
-        """Return the weights of messages, and the features of bonds and angles before the first block."""
-        distance, short_K3 = geometry(bond_vector, batch)
-        n_short = batch.n_short_bonds
-        bond_weight_BD = self.bond_weight(self.bond_basis(distance[:n_short]))
+    def _embed(
+        self, batch: Batch, bond_vector: Tensor, graph: Graph
+    ) -> tuple[Weights, BondFeatures, Shared, Projected]:
+        """Return what comes before the first block.
+
+        That is the weights of messages, the features of bonds and angles, and the long bonds, embedded and
+        projected for every atom convolution.
+        """
+        distance, short_distance, short_K3 = geometry(bond_vector, batch)
+        bond_weight_BD = self.bond_weight(self.bond_basis(short_distance))
         angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
         basis_UR = self.atom_basis(distance)
-        short_basis_BR, long_basis_LR = basis_UR.split([n_short, len(basis_UR) - n_short])
+        embedding_DR = self.bond_embedding.weight
+        first = packed([embedding_DR, self.atom_weight.weight]).view(2 * D, -1)
+        long = packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D) @ embedding_DR
+        atom_weight_UD, short_BD, *long_tables = bond_tables(basis_UR, first, long, batch.n_short_bonds)
         bond_weight_KD = gather(bond_weight_BD, graph.short_by_bond)
-        weights = Weights(*map(Shared, (self.atom_weight(basis_UR), bond_weight_BD, bond_weight_KD)))
         bonds = BondFeatures(
-            short_BD=self.bond_embedding(short_basis_BR),
-            long_basis_LR=long_basis_LR,
-            embedding_DR=self.bond_embedding.weight,
+            short_BD=short_BD,
+            long_basis_LR=basis_UR[batch.n_short_bonds :],
+            embedding_DR=embedding_DR,
             has_angle_U1=self._bond_has_angle(batch) if self.config.output_bias else None,
         )
-        return weights, bonds, Shared(angle_TD)
+        return (
+            Weights(*map(Shared, (atom_weight_UD, bond_weight_BD, bond_weight_KD))),
+            bonds,
+            Shared(angle_TD),
+            dict(zip(self.atom_convs, long_tables, strict=True)),
+        )
 
     def _block(self, t: int) -> int:
         """Return the block whose angles read atoms, and whose angle update reads bonds, after t convolutions.
@@ -318,13 +329,6 @@ class CHGNet(nn.Module):
         """Return what projects the bond features after t convolutions, but for the atom convolution."""
         layers = (*_at(self.bond_convs, t), *_at(self.angle_updates, self._block(t)))
         return [part for layer in layers for part in (layer.first.bond_i, layer.first.bond_j)]
-
-    def _project_long(self, basis_LR: Tensor) -> Projected:
-        """Return the long bonds, embedded and projected for every atom convolution."""
-        weight = packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D)
-        return dict(
-            zip(self.atom_convs, split_linear(basis_LR, weight @ self.bond_embedding.weight), strict=True)
-        )
 
     def _update_atoms(self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected) -> Tensor:
         """Return the atom features after t convolutions, projected for all who read those."""

@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from fastchgnet.config import ModelConfig, Provenance
-from fastchgnet.graph import Output
+from fastchgnet.graph import Batch, Output
 from fastchgnet.neighbors import systems_from_atoms
 from fastchgnet.potential import Potential
 
@@ -68,6 +68,18 @@ def potential(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int
 def run(model: Potential, *atoms: Atoms) -> Output:
     """Evaluate crystals as one batch."""
     return model(model.build_graph(systems_from_atoms(atoms)))
+
+
+def check_indices(batch: Batch) -> None:
+    """Check that every index of a batch agrees with its transpose."""
+    names = ("by_system", "by_center", "by_neighbor", "angle_by_center", "angle_by_i", "angle_by_j")
+    by_bond, short_by_bond = batch.by_bond
+    indices = {name: getattr(batch, name) for name in names}
+    for name, index in {**indices, "by_bond": by_bond, "short_by_bond": short_by_bond}.items():
+        rows = torch.arange(len(index.segment)) if index.order is None else index.order
+        assert rows.sort().values.tolist() == list(range(len(index.segment))), name
+        expected = torch.arange(index.n_segments).repeat_interleave(index.start.diff())
+        assert index.segment[rows].tolist() == expected.tolist(), name
 
 
 def benzene() -> Atoms:

@@ -12,9 +12,9 @@ from ase import Atoms
 from ase.build import bulk
 from ase.io import iread
 from conftest import shared_data
-from crystals import CONSERVATIVE, crystals, potential
+from crystals import CONSERVATIVE, check_indices, crystals, potential
 from test_graph import ODD
-from test_padding import INDICES, plus
+from test_padding import plus
 
 from fastchgnet import neighbors
 from fastchgnet.device_graph import SpareSystems, build_graph, count_candidates, spare_systems
@@ -100,12 +100,7 @@ def assert_same_graph(expected: Batch, found: Batch) -> None:
 
 
 def assert_contract(batch: Batch) -> None:
-    for name in INDICES:
-        index = getattr(batch, name)
-        rows = torch.arange(len(index.segment)) if index.order is None else index.order
-        assert rows.sort().values.tolist() == list(range(len(index.segment))), name
-        expected = torch.arange(index.n_segments).repeat_interleave(index.start.diff())
-        assert index.segment[rows].tolist() == expected.tolist(), name
+    check_indices(batch)
     assert (batch.edge_sign[batch.bond_edge] == torch.tensor([1, -1])).all()
     assert (batch.short_sign[batch.bond_short] == torch.tensor([1, -1])).all()
     ends = torch.stack([batch.bond_center, batch.bond_neighbor], 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from crystals import crystals
@@ -17,6 +19,8 @@ from fastchgnet.padding import GHOST_LENGTH, Capacity, pad, rows_of
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # fp64 rounding
 
 sizes = pytest.mark.parametrize(("n_bonds", "n_short"), [(0, 0), (1, 0), (1, 1), (7, 3), (5, 5)])
+any_output = pytest.mark.parametrize("used", list(product([True, False], repeat=3))[:-1], ids=str)
+"""Which of the three outputs matter."""
 
 
 def arguments(n_bonds: int, n_short: int) -> list[Tensor]:
@@ -28,7 +32,7 @@ def arguments(n_bonds: int, n_short: int) -> list[Tensor]:
     return [vector.requires_grad_(), order // 2, (1 - 2 * (order % 2)).to(torch.int8), bond_short]
 
 
-def orders(function, given: list[Tensor], used: tuple[bool, bool]) -> list[Tensor]:
+def orders(function, given: list[Tensor], used: tuple[bool, ...]) -> list[Tensor]:
     """Values, the first derivative and the second one where the outputs that are `used` matter."""
     torch.manual_seed(1)
     values = function(*given)
@@ -43,8 +47,8 @@ def orders(function, given: list[Tensor], used: tuple[bool, bool]) -> list[Tenso
 
 
 @sizes
-@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)], ids=str)
-def test_all_orders_are_those_of_the_reference(n_bonds: int, n_short: int, used: tuple[bool, bool]) -> None:
+@any_output
+def test_all_orders_are_those_of_the_reference(n_bonds: int, n_short: int, used: tuple[bool, ...]) -> None:
     given = arguments(n_bonds, n_short)
     torch.testing.assert_close(orders(op._family, given, used), orders(reference, given, used), **EXACT)
 
@@ -52,18 +56,19 @@ def test_all_orders_are_those_of_the_reference(n_bonds: int, n_short: int, used:
 def test_gradcheck() -> None:
     vector, *constants = arguments(4, 2)
 
-    def first(by_distance: Tensor, by_edge: Tensor, vector: Tensor) -> tuple[Tensor, ...]:
+    def first(vector: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
         values = op._family(vector, *constants)
-        return torch.autograd.grad(values, vector, (by_distance, by_edge), create_graph=True)
+        return torch.autograd.grad(values, vector, grads, create_graph=True)
 
     assert torch.autograd.gradcheck(lambda v: op._family(v, *constants), vector)
-    grads = [torch.randn(4, n, dtype=torch.float64).requires_grad_() for n in (1, 3)]
-    assert torch.autograd.gradcheck(first, (*grads, vector))
+    shapes = ((4, 1), (2, 1), (4, 3))
+    grads = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    assert torch.autograd.gradcheck(first, (vector, *grads))
 
 
 def test_a_third_derivative_raises() -> None:
     vector, *constants = arguments(4, 2)
-    distance, _ = op._family(vector, *constants)
+    distance, *_ = op._family(vector, *constants)
     (first,) = torch.autograd.grad(distance.square().sum(), vector, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), vector, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd"):
@@ -71,24 +76,26 @@ def test_a_third_derivative_raises() -> None:
 
 
 @sizes
-def test_the_library_accepts_all_three_ops(n_bonds: int, n_short: int) -> None:
+@pytest.mark.parametrize("used", [(True, True, True), (True, False, True), (False, True, False)], ids=str)
+def test_the_library_accepts_all_three_ops(n_bonds: int, n_short: int, used: tuple[bool, ...]) -> None:
     given = arguments(n_bonds, n_short)
-    grads = [torch.randn(n, k, dtype=torch.float64) for n, k in ((n_bonds, 1), (2 * n_short, 3))]
-    for by_distance, by_edge in (grads, (grads[0], None), (None, grads[1])):
-        accept_all_three(op._family, given, (by_distance, by_edge))
+    shapes = ((n_bonds, 1), (n_short, 1), (2 * n_short, 3))
+    grads = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+    some = [grad if wanted else None for grad, wanted in zip(grads, used, strict=True)]
+    accept_all_three(op._family, given, some)
 
 
 def test_single_precision_errs_by_a_few_last_digits() -> None:
     vector, *constants = arguments(200, 90)
     torch.manual_seed(1)
-    drawn = [torch.randn(n, k) for n, k in ((200, 1), (180, 3), (200, 3))]
+    drawn = [torch.randn(n, k) for n, k in ((200, 1), (90, 1), (180, 3), (200, 3))]
 
     def levels(dtype: torch.dtype) -> list[Tensor]:
         # what is drawn, vectors included, are numbers that both precisions have
-        by_distance, by_edge, cotangent = (t.to(dtype) for t in drawn)
+        *grads, cotangent = (t.to(dtype) for t in drawn)
         given = [vector.detach().float().to(dtype), *constants]
-        first = op._family.backward(False, by_distance, by_edge, *given, None, None)
-        second = op._family.backward_backward(cotangent, by_distance, by_edge, *given)
+        first = op._family.backward(False, *grads, *given, None, None)
+        second = op._family.backward_backward(cotangent, *grads, *given)
         return [*op._family(*given), first, *second]
 
     for found, expected in zip(levels(torch.float32), levels(torch.float64), strict=True):
@@ -101,7 +108,7 @@ def test_bonds_of_no_length_have_no_direction() -> None:
     """Gradients are zero there, of both orders; PyTorch's second derivative of a norm is not a number."""
     vector, *constants = arguments(7, 3)
     vector = vector.detach().index_fill_(0, torch.tensor([1, 5]), 0).requires_grad_()
-    distance, _ = op._family(vector, *constants)
+    distance, *_ = op._family(vector, *constants)
     grad = torch.randn_like(distance).requires_grad_()
     (first,) = torch.autograd.grad(distance, vector, grad, create_graph=True)
     expected = torch.autograd.grad(vector.norm(dim=1, keepdim=True), vector, grad)[0]
@@ -119,11 +126,13 @@ def test_padded_crystals(dtype: torch.dtype) -> None:
     rows = rows_of(batch)
     batch = pad(batch, Capacity(*(n + more for n, more in zip(rows, (2, 5, 6, 7, 8), strict=True))))
     vector = batch.bond_vector.to(dtype).requires_grad_()
-    distance, short_edge = geometry(vector, batch)
+    distance, short_distance, short_edge = geometry(vector, batch)
     n_ghosts = 6 + 7
     assert (distance == GHOST_LENGTH).sum() == n_ghosts
     assert torch.equal(distance[:, 0], vector.norm(dim=1))
+    assert torch.equal(short_distance, distance[: batch.n_short_bonds])
     assert torch.equal(short_edge, vector[batch.short_bond] * batch.short_sign[:, None])
-    (first,) = torch.autograd.grad([distance.sum(), short_edge.square().sum()], vector, create_graph=True)
+    values = [distance.sum(), short_distance.sum(), short_edge.square().sum()]
+    (first,) = torch.autograd.grad(values, vector, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), vector)
     assert first.isfinite().all() and second.isfinite().all()

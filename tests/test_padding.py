@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from ase import Atoms
-from crystals import CONSERVATIVE, OLD, PAIR, PAPER, SMOOTH, benzene, crystals, potential
+from crystals import CONSERVATIVE, OLD, PAIR, PAPER, SMOOTH, benzene, check_indices, crystals, potential
 
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch, Labels, Output
@@ -16,16 +16,6 @@ from fastchgnet.neighbors import build_graph, systems_from_atoms
 from fastchgnet.padding import Capacity, pad, pad_labels, rows_of
 from fastchgnet.potential import Potential
 
-INDICES = (
-    "by_system",
-    "by_center",
-    "by_neighbor",
-    "by_bond",
-    "short_by_bond",
-    "angle_by_center",
-    "angle_by_i",
-    "angle_by_j",
-)
 SPARE = [
     Capacity(1, 1, 1, 0, 0),
     Capacity(1, 3, 1, 2, 5),
@@ -56,12 +46,7 @@ def graph(atoms: list[Atoms], config: ModelConfig = CONSERVATIVE) -> Batch:
 def test_a_padded_batch_keeps_the_contract(atoms: list[Atoms], spare: Capacity) -> None:
     batch = padded(graph(atoms), spare)
     assert rows_of(batch) == plus(rows_of(graph(atoms)), spare)
-    for name in INDICES:
-        index = getattr(batch, name)
-        rows = torch.arange(len(index.segment)) if index.order is None else index.order
-        assert rows.sort().values.tolist() == list(range(len(index.segment))), name
-        expected = torch.arange(index.n_segments).repeat_interleave(index.start.diff())
-        assert index.segment[rows].tolist() == expected.tolist(), name
+    check_indices(batch)
     for name in ("edge_center", "angle_center", "angle_i", "atom_system"):
         assert (getattr(batch, name).diff() >= 0).all()
     ends = torch.stack([batch.bond_center, batch.bond_neighbor], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -27,11 +28,12 @@ sizes = pytest.mark.parametrize(
 def levels(
     bodies: tuple[Callable, Callable, Callable], given: list[Tensor], drawn: list[Tensor]
 ) -> list[Tensor | None]:
-    """Results of all three levels, with a gradient of one output, of the other and of both."""
+    """Results of all three levels, with gradients of some outputs and of all."""
     forward, backward, second = bodies
-    by_distance, by_edge, cotangent = drawn
+    *by_outputs, cotangent = drawn
     found = [*forward(*given)]
-    for grads in ((by_distance, by_edge), (by_distance, None), (None, by_edge)):
+    for used in list(product([True, False], repeat=3))[:-1]:
+        grads = tuple(grad if wanted else None for grad, wanted in zip(by_outputs, used, strict=True))
         found += [*backward(False, grads, *given), *second((cotangent,), grads, *given)]
     return found
 
@@ -42,7 +44,7 @@ def moved(tensors: list[Tensor], dtype: torch.dtype, device: str) -> list[Tensor
 
 def case(n_bonds: int, n_short: int) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(n_bonds)
-    drawn = [torch.randn(n, k) for n, k in ((n_bonds, 1), (2 * n_short, 3), (n_bonds, 3))]
+    drawn = [torch.randn(n, k) for n, k in ((n_bonds, 1), (n_short, 1), (2 * n_short, 3), (n_bonds, 3))]
     return moved(arguments(n_bonds, n_short), torch.float32, "cpu"), drawn
 
 
@@ -69,10 +71,10 @@ def test_bonds_of_no_length_have_no_direction() -> None:
     given, drawn = (moved(tensors, torch.float32, DEVICE) for tensors in case(7, 3))
     given[0][[1, 5]] = 0
     # their short edges are left out, so that every gradient is zero
-    drawn[1].fill_(0)
-    distance, _ = kernels.forward(*given)
-    (first,) = kernels.backward(False, drawn[:2], *given)
-    by_distance, _, by_vector = kernels.backward_backward(drawn[2:], drawn[:2], *given)
+    drawn[2].fill_(0)
+    distance, *_ = kernels.forward(*given)
+    (first,) = kernels.backward(False, drawn[:3], *given)
+    by_distance, _, _, by_vector = kernels.backward_backward(drawn[3:], drawn[:3], *given)
     for found in (distance, first, by_distance, by_vector):
         assert found.isfinite().all() and (found[[1, 5]] == 0).all() and (found[0] != 0).any()
 
@@ -97,8 +99,8 @@ def test_every_level_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "launch", counted)
     given, drawn = (moved(tensors, torch.float32, DEVICE) for tensors in case(7, 3))
     kernels.forward(*given)
-    kernels.backward(False, drawn[:2], *given)
-    kernels.backward_backward(drawn[2:], drawn[:2], *given)
+    kernels.backward(False, drawn[:3], *given)
+    kernels.backward_backward(drawn[3:], drawn[:3], *given)
     assert started == ["_forward_kernel", "_backward_kernel", "_second_kernel"]
 
 
@@ -113,8 +115,7 @@ def test_the_op_takes_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     vector.requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        distance, short_edge = op._family(vector, *constants)
-        loss = distance.square().sum() + short_edge.square().sum()
+        loss = sum(value.square().sum() for value in op._family(vector, *constants))
         (first,) = torch.autograd.grad(loss, vector, create_graph=True)
         first.square().sum().backward()
     finally:

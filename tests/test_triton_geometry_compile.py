@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from typing import Any
 
 import pytest
@@ -33,11 +34,13 @@ def main() -> None:
         found.extend(_compiled(kernel, args, options, capability) for capability in (80, 90))
 
     runtime.launch = launch
-    vector, distance, edge = torch.zeros(8, 3), torch.zeros(8, 1), torch.zeros(4, 3)
+    vector = torch.zeros(8, 3)
+    by_outputs = torch.zeros(8, 1), torch.zeros(2, 1), torch.zeros(4, 3)
     index, sign = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int8)
     given = (vector, index, sign, index.view(2, 2))
     geometry.forward(*given)
-    for grads in ((distance, edge), (distance, None), (None, edge)):
+    for used in list(product([True, False], repeat=3))[:-1]:
+        grads = tuple(grad if wanted else None for grad, wanted in zip(by_outputs, used, strict=True))
         geometry.backward(False, grads, *given)
         geometry.backward_backward((vector,), grads, *given)
     print(json.dumps(found))

@@ -56,7 +56,7 @@ def readout(atom_AD: Tensor, norm: nn.Module, layers: nn.Sequential) -> Tensor:
     """
     if not runtime.serves(atom_AD):
         # where launches cost little, computing again what autograd would have saved does not pay
-        return layers(norm(atom_AD))[:, 0]
+        return layers(norm(atom_AD)).squeeze(1)
     return fused_readout(atom_AD, *pack(norm, layers))
 
 
