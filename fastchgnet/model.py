@@ -267,18 +267,19 @@ class CHGNet(nn.Module):
         That is the weights of messages, the features of bonds and angles, and the long bonds, embedded and
         projected for every atom convolution.
         """
+        n_short = batch.n_short_bonds
         distance, short_distance, short_K3 = geometry(bond_vector, batch)
         bond_weight_BD = self.bond_weight(self.bond_basis(short_distance))
         angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
         basis_UR = self.atom_basis(distance)
         embedding_DR = self.bond_embedding.weight
-        first = packed([embedding_DR, self.atom_weight.weight]).view(2 * D, -1)
-        long = packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D) @ embedding_DR
-        atom_weight_UD, short_BD, *long_tables = bond_tables(basis_UR, first, long, batch.n_short_bonds)
+        weight = packed([embedding_DR, self.atom_weight.weight]).view(2 * D, -1)
+        long_weight = packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D) @ embedding_DR
+        atom_weight_UD, short_BD, *long_tables = bond_tables(basis_UR, weight, long_weight, n_short)
         bond_weight_KD = gather(bond_weight_BD, graph.short_by_bond)
         bonds = BondFeatures(
             short_BD=short_BD,
-            long_basis_LR=basis_UR[batch.n_short_bonds :],
+            long_basis_LR=basis_UR[n_short:],
             embedding_DR=embedding_DR,
             has_angle_U1=self._bond_has_angle(batch) if self.config.output_bias else None,
         )

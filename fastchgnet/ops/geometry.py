@@ -5,7 +5,8 @@ and j against it:
 
     d_b = |v_b|   [U, 1]          c_b = d_b where b is short   [B, 1]          e_k = s_k v_b(k)   [K, 3]
 
-Short bonds' distances are read by a basis of their own, and its gradient is that of rows of d.
+A basis of its own reads c. Were it a piece of d, its gradient would be spread over as many rows as d has, and
+added to that of d.
 
 VJP, with gradients G of d, C of c and H of e, and G' of d in all, G'_b = G_b + (C_b where b is short):
 
@@ -81,7 +82,8 @@ def _backward(
     short_sign: Tensor,
     bond_short: Tensor,
 ) -> list[Tensor]:
-    by_distance, by_edge = _by_distance(grads, bond_vector), grads[2]
+    *_, by_edge = grads
+    by_distance = _by_distance(grads, bond_vector)
     if by_distance is None:
         by_vector = torch.zeros_like(bond_vector)
     else:
