@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Self
 
 import torch
@@ -15,7 +16,7 @@ from fastchgnet.graph import Batch, Output, Systems
 from fastchgnet.heads import PairHeads, PaperHeads
 from fastchgnet.model import CHGNet, Features
 from fastchgnet.neighbors import build_graph
-from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.derivatives import constant_parameters, feature_derivatives
 from fastchgnet.ops.pair_forces import forces_and_stress
 from fastchgnet.ops.segments import segment_sum
 from fastchgnet.units import MAX_ATOMIC_NUMBER
@@ -107,11 +108,12 @@ class Potential(nn.Module):
             return self._output(batch, features, *self.heads(batch, vector, features))
 
     def _conservative(self, batch: Batch, vector: Tensor) -> Output:
-        with torch.enable_grad():
+        # only in training will there be a derivative by parameters, too
+        with torch.enable_grad(), nullcontext() if self.training else constant_parameters():
             vector = vector.detach().requires_grad_()
             features = self.model(batch, vector)
             # dE/dr_ij pulls the centre along the bond: F_i = +dE/dr_ij, F_j = -dE/dr_ij
-            with feature_derivatives():
+            with feature_derivatives() if self.training else nullcontext():
                 (pair_force,) = torch.autograd.grad(
                     features.site_energy,
                     vector,

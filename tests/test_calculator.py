@@ -16,7 +16,7 @@ from crystals import CONSERVATIVE, PAIR, benzene, crystals, potential, run
 import fastchgnet
 from fastchgnet import FastCHGNetCalculator
 from fastchgnet.errors import InputError
-from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.derivatives import feature_derivatives
 
 
 def test_results_are_the_potentials_in_ase_units() -> None:

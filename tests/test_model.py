@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Index
-from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.derivatives import feature_derivatives
 from fastchgnet.ops.envelope import envelope
 
 D = 64

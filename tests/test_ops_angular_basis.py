@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastchgnet.graph import Index
 from fastchgnet.ops import angular_basis as op
-from fastchgnet.ops._register import feature_derivatives
 from fastchgnet.ops.angular_basis import angular_basis, reference
+from fastchgnet.ops.derivatives import feature_derivatives
 
 kinds = pytest.mark.parametrize("kind", ["fourier", "chebyshev"])
 centers = pytest.mark.parametrize("n_edges", [(), (1,), (2,), (3, 0, 1, 4)], ids=str)

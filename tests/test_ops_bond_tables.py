@@ -11,8 +11,8 @@ from families import accept_all_three
 from torch import Tensor
 
 from fastchgnet.ops import bond_tables as op
-from fastchgnet.ops._register import feature_derivatives
 from fastchgnet.ops.bond_tables import N_LONG, bond_tables, reference
+from fastchgnet.ops.derivatives import feature_derivatives
 
 N_TABLES = 2 + N_LONG
 

@@ -14,8 +14,9 @@ from test_ops_radial_basis import arguments as radial_arguments
 from torch import Tensor
 
 from fastchgnet.ops import angular_basis, projection, radial_basis
-from fastchgnet.ops._register import Family, feature_derivatives
+from fastchgnet.ops._register import Family
 from fastchgnet.ops.cpu import native
+from fastchgnet.ops.derivatives import feature_derivatives
 
 threads = pytest.mark.parametrize("n_threads", [1, 3])
 

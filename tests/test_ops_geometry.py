@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastchgnet.neighbors import build_graph, systems_from_atoms
 from fastchgnet.ops import geometry as op
-from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.derivatives import feature_derivatives
 from fastchgnet.ops.geometry import geometry, reference
 from fastchgnet.padding import GHOST_LENGTH, Capacity, pad, rows_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from fastchgnet.graph import Index
 from fastchgnet.ops import _message_torch, message
-from fastchgnet.ops._register import feature_derivatives
 from fastchgnet.ops.cpu import native
+from fastchgnet.ops.derivatives import constant_parameters, feature_derivatives
 from fastchgnet.ops.message import MLP, Rows, Tables, messages, reference
 from fastchgnet.ops.shared import Shared
 
@@ -201,6 +202,22 @@ def test_gradcheck(kind: str) -> None:
 
     grad = torch.randn_like(call(*leaves)).requires_grad_()
     assert torch.autograd.gradcheck(first, (grad, *leaves))
+
+
+def test_parameters_are_constant_for_one_thread_alone() -> None:
+    given = arguments("bond")
+    mlp, features = given[3], features_of(given)
+    with constant_parameters():
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            elsewhere = pool.submit(called, *given).result()
+        here = called(*given)
+    for output, has_one in ((here, False), (elsewhere, True)):
+        loss = output.square().sum()
+        assert (
+            torch.autograd.grad(loss, mlp.weight, allow_unused=True, retain_graph=True)[0] is not None
+        ) is has_one
+    expected = torch.autograd.grad(reference(*given).square().sum(), features)
+    torch.testing.assert_close(torch.autograd.grad(here.square().sum(), features), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

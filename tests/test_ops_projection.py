@@ -8,7 +8,7 @@ from families import accept_all_three
 from torch import Tensor
 
 from fastchgnet.ops import projection
-from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.derivatives import feature_derivatives
 from fastchgnet.ops.projection import MAX_PARTS, Ends, Inputs, Sent, project, reference
 from fastchgnet.ops.shared import Shared
 

@@ -10,7 +10,7 @@ from families import accept_all_three
 from torch import Tensor
 
 from fastchgnet.ops import radial_basis as op
-from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.derivatives import feature_derivatives
 from fastchgnet.ops.envelope import _cutoff, cutoff_envelope, envelope
 from fastchgnet.ops.radial_basis import radial_basis, reference
 

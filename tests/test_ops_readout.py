@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastchgnet.ops import _readout_torch as bodies
 from fastchgnet.ops import readout as op
-from fastchgnet.ops._register import feature_derivatives
+from fastchgnet.ops.derivatives import feature_derivatives
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.readout import fused_readout, pack, readout, reference
 

@@ -16,45 +16,19 @@ call take a tenth of the time of evaluating a small crystal.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import compress, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastchgnet.ops.derivatives import feature_derivatives_only, parameters_are_constant
 from fastchgnet.ops.shared import Shared
 
 _Function = Callable[..., Any]
 _library = torch.library.Library("fastchgnet", "FRAGMENT")
-_n_feature_derivatives = 0
-_counting = threading.Lock()
-
-
-@contextmanager
-def feature_derivatives() -> Iterator[None]:
-    """Leave parameters out of the derivatives taken inside: forces are derivatives by positions alone.
-
-    Autograd asks an op for all its derivatives at once. This spares the ones of the parameters, a third of
-    the work; parameters get no gradient from a derivative taken inside.
-    """
-    # For the process and not for the thread: backward passes on a GPU run in a thread of their own. Counted,
-    # since threads that are inside at the same time leave in any order.
-    global _n_feature_derivatives
-    with _counting:
-        _n_feature_derivatives += 1
-    try:
-        yield
-    finally:
-        with _counting:
-            _n_feature_derivatives -= 1
-
-
-def feature_derivatives_only() -> bool:
-    """Tell whether parameters are left out."""
-    return _n_feature_derivatives > 0
 
 
 class Family:
@@ -108,7 +82,8 @@ class Family:
         n = self.n_derivatives
         self.n_onto = n + self.n_features
         onto = ", ".join(f"Tensor? onto{k}" for k in range(self.n_onto))
-        self._op = _defined(name, f"({inputs}) -> {_tensors(n_outputs)}", self._derivative, n_passed=n)
+        schema = f"({inputs}) -> {_tensors(n_outputs)}"
+        self._op = _defined(name, schema, self._derivative, n_passed=n, n_features=self.n_features)
         self.forward = self._op.call
         self.backward = _defined(
             f"{name}_backward",
@@ -270,14 +245,22 @@ def define(name: str, schema: str, derivative: _Function) -> Any:
     return _defined(name, schema, derivative).call
 
 
-def _defined(name: str, schema: str, derivative: _Function, n_passed: int = 0, n_forgotten: int = 0) -> _Op:
+def _defined(
+    name: str,
+    schema: str,
+    derivative: _Function,
+    n_passed: int = 0,
+    n_features: int = 0,
+    n_forgotten: int = 0,
+) -> _Op:
     """Define a library op that passes its first inputs on, and whose derivative does not read the last ones.
 
-    The derivative is given gradients of the outputs and, where inputs are passed on, those of what it reads
-    of these itself, and then those of what the next reader does.
+    Features come first, then parameters, which are all that is passed on. The derivative is given gradients
+    of the outputs and, where inputs are passed on, those of what it reads of these itself, and then those of
+    what the next reader does.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = _Op(getattr(torch.ops.fastchgnet, name).default, derivative, n_passed, n_forgotten)
+    op = _Op(getattr(torch.ops.fastchgnet, name).default, derivative, n_passed, n_features, n_forgotten)
 
     def apply(*inputs: Any) -> Any:
         if torch.is_grad_enabled():
@@ -302,15 +285,22 @@ def shape_of(name: str, body: _Function) -> None:
 class _Op:
     """A library op and what autograd needs to know of it."""
 
-    def __init__(self, call: Any, derivative: _Function, n_passed: int, n_forgotten: int) -> None:
+    def __init__(
+        self, call: Any, derivative: _Function, n_passed: int, n_features: int, n_forgotten: int
+    ) -> None:
         """Keep what `_defined` says."""
         arguments, self.n_outputs = call._schema.arguments, len(call._schema.returns)
-        self.call, self.derivative, self.n_passed = call, derivative, n_passed
+        self.call, self.derivative = call, derivative
+        self.n_passed, self.n_features = n_passed, n_features
         n_read = len(arguments) - n_forgotten
         self.is_saved = ["Tensor" in str(a.type) and k < n_read for k, a in enumerate(arguments)]
 
     def apply(self, inputs: Sequence[Any], shared: Sequence[int]) -> tuple[Any, Sequence[Tensor]]:
         """Apply the op in autograd's graph; return its outputs, and shared inputs for their next readers."""
+        if parameters_are_constant():
+            inputs = list(inputs)
+            for k in range(self.n_features, self.n_passed):
+                inputs[k] = None if inputs[k] is None else inputs[k].detach()
         made = _Differentiable.apply(self, shared, *inputs)
         passed = made[len(made) - len(shared) :]
         return made[0] if self.n_outputs == 1 else made[: self.n_outputs], passed
@@ -322,7 +312,10 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: _Op, shared: Sequence[int], *inputs: Any) -> tuple[Tensor, ...]:
         given = list(inputs)
-        ctx.own = [k for k, t in enumerate(given[: op.n_passed]) if isinstance(t, Tensor) and t.requires_grad]
+        ctx.own = []
+        if not parameters_are_constant():
+            passed = enumerate(given[: op.n_passed])
+            ctx.own = [k for k, t in passed if isinstance(t, Tensor) and t.requires_grad]
         for k in ctx.own:
             given[k] = given[k].detach()  # the same numbers, as an output
         ctx.op, ctx.shared = op, shared

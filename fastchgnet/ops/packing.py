@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastchgnet.ops.derivatives import parameters_are_constant
+
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:
     """Return the elements of tensors behind each other, [total]; it may share memory with them.
@@ -18,7 +20,7 @@ def packed(tensors: Sequence[Tensor]) -> Tensor:
     Args:
         tensors: one at least.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not parameters_are_constant():
         return _Packed.apply(*tensors)
     return _side_by_side(tensors)
 

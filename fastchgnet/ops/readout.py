@@ -40,8 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastchgnet.ops import _readout_torch, _register
+from fastchgnet.ops import _readout_torch
 from fastchgnet.ops._readout_torch import EPS
+from fastchgnet.ops.derivatives import feature_derivatives_only
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.packing import packed
 
@@ -140,7 +141,7 @@ def _derivative(ctx: Any, by_y: Tensor | None, by_slope: Tensor | None) -> tuple
         return (None,) * 5
     features, parameters, slope = ctx.saved_tensors
     needs_features, needs_parameters, *_ = ctx.needs_input_grad
-    with_parameters = needs_parameters and not _register.feature_derivatives_only()
+    with_parameters = needs_parameters and not feature_derivatives_only()
     by_features: Tensor | None = None
     by_parameters: Tensor | None = None
     if with_parameters or by_slope is not None:
