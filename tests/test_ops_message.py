@@ -213,9 +213,8 @@ def test_parameters_are_constant_for_one_thread_alone() -> None:
         here = called(*given)
     for output, has_one in ((here, False), (elsewhere, True)):
         loss = output.square().sum()
-        assert (
-            torch.autograd.grad(loss, mlp.weight, allow_unused=True, retain_graph=True)[0] is not None
-        ) is has_one
+        (found,) = torch.autograd.grad(loss, mlp.weight, allow_unused=True, retain_graph=True)
+        assert (found is not None) is has_one
     expected = torch.autograd.grad(reference(*given).square().sum(), features)
     torch.testing.assert_close(torch.autograd.grad(here.square().sum(), features), expected)
 
