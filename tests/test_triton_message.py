@@ -100,12 +100,10 @@ def drawn(inputs: list[Any], given: tuple[bool, ...]) -> tuple[Tensor, tuple[Ten
 def levels(bodies: tuple, inputs: Any, grad: Tensor, cotangents: Any) -> list[Tensor | None]:
     forward, backward, second = bodies
     m = Inputs(*inputs)
-    *first, by_parameters = backward(NOTHING, True, grad, *inputs)
     before = [() if t is None else (t.cos(), t.sin())[: 1 + k % 2] for k, t in enumerate(inputs[:7])]
-    *added, by_parameters_added = backward(before, True, grad, *inputs)
+    *first, by_parameters = backward(before, True, grad, *inputs)
     *twice, by_parameters_twice = second(cotangents, grad, *inputs)
-    parameters = (by_parameters, by_parameters_added, by_parameters_twice)
-    return [forward(*inputs), *first, *added, *twice, *(t for p in parameters for t in m.unpacked(p))]
+    return [forward(*inputs), *first, *m.unpacked(by_parameters), *twice, *m.unpacked(by_parameters_twice)]
 
 
 def assert_equal(inputs: list[Any], tolerance: float, given: tuple[bool, ...] = ALL) -> None:
