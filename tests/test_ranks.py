@@ -175,7 +175,7 @@ def test_processes_may_outnumber_the_frames(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-8)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_costs_the_work_since_the_last_state(
     folder: Path, straight: list[float], tmp_path: Path, victim: int
 ) -> None:
@@ -196,7 +196,7 @@ def test_a_killed_process_costs_the_work_since_the_last_state(
     np.testing.assert_allclose(losses(out), straight, rtol=1e-8)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_process_that_hangs_is_named(folder: Path, tmp_path: Path, victim: int) -> None:
     out = tmp_path / "run"
     path = write(folder, out, train={"checkpoint_minutes": 1e-6, "timeout_minutes": 0.05, "epochs": 300})
@@ -234,7 +234,7 @@ def test_stopping_by_a_signal_to_one_process_stops_all(
     np.testing.assert_allclose(losses(out), straight, rtol=1e-8)
 
 
-@pytest.mark.parametrize("absent", [0, 2])
+@pytest.mark.parametrize("absent", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_process_that_does_not_come_is_named(folder: Path, tmp_path: Path, absent: int) -> None:
     path = write(folder, tmp_path / "run", train={"timeout_minutes": 0.05})
     commands = [["-m", "fastchgnet", "train", str(path)] for _ in range(3)]
