@@ -65,9 +65,9 @@ def save_potential(
         key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
-    digest = {CHECKSUM: checksum(tensors, metadata)}
-    write_atomically(path, to_safetensors(tensors, metadata | digest))
-    readable = json.dumps(described | digest, indent=2) + "\n"
+    entry = {CHECKSUM: checksum(tensors, metadata)}
+    write_atomically(path, to_safetensors(tensors, metadata | entry))
+    readable = json.dumps(described | entry, indent=2) + "\n"
     write_atomically(Path(f"{path}.json"), readable)
 
 
@@ -102,19 +102,24 @@ def load_potential(path: str | Path) -> Potential:
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Return the sha256 of tensors on the host and of metadata, but for that of the checksum itself."""
-    digest = hashlib.sha256()
     described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
     rest = {key: value for key, value in metadata.items() if key != CHECKSUM}
-    digest.update(json.dumps([described, rest], sort_keys=True).encode())
-    for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return digest(tensors, json.dumps([described, rest], sort_keys=True))
+
+
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Return the sha256 of a text, and of names and elements of tensors on the host."""
+    found = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def check(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Raise ValueError where the checksum that a file holds, if it holds one, is another."""
-    digest = checksum(tensors, metadata)
-    if metadata.get(CHECKSUM, digest) != digest:
+    found = checksum(tensors, metadata)
+    if metadata.get(CHECKSUM, found) != found:
         raise ValueError("its checksum does not match")
 
 

@@ -16,7 +16,7 @@ call take a tenth of the time of evaluating a small crystal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import compress, zip_longest
 from typing import Any
@@ -103,15 +103,14 @@ class Family:
         """Apply the op."""
         return self.forward(*inputs)
 
-    def read(self, shared: Mapping[int, Shared | None], *inputs: Any) -> Any:
-        """Apply the op to inputs of which some, by number, are shared with ops that have yet to read them."""
-        given, there = list(inputs), {n: one for n, one in shared.items() if one is not None}
-        for n, one in there.items():
-            given[n] = one.tensor
+    def read(self, *inputs: Any) -> Any:
+        """Apply the op to inputs of which some are `Shared` with ops that have yet to read them."""
+        given = [one.tensor if isinstance(one, Shared) else one for one in inputs]
         if not torch.is_grad_enabled():
             return self.forward(*given)
-        outputs, passed = self._op.apply(given, list(there))
-        for one, tensor in zip(there.values(), passed, strict=True):
+        shared = {n: one for n, one in enumerate(inputs) if isinstance(one, Shared)}
+        outputs, passed = self._op.apply(given, list(shared))
+        for one, tensor in zip(shared.values(), passed, strict=True):
             one.tensor = tensor
         return outputs
 

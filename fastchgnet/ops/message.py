@@ -89,10 +89,9 @@ def messages(tables: Tables, weight: Shared | None, rows_ND: Shared | None, mlp:
     """
     i, j, k = rows
     return _family.read(
-        {4: weight, 5: rows_ND},
         *tables,
-        None,
-        None,
+        weight,
+        rows_ND,
         mlp.packed(),
         mlp.weight is not None,
         0 if mlp.scale is None else len(mlp.scale),

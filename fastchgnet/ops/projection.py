@@ -98,10 +98,9 @@ def project(
     weights = [weight for weight, _ in parts] if sent is None else [sent.out, *(w for w, _ in parts)]
     row_ends, end_row, n_at_ends = ends or (None, None, 0)
     x, *tables = _family.read(
-        {2: None if sent is None else sent.weight},
         state,
         None if sent is None else sent.rows,
-        None,
+        None if sent is None else sent.weight,
         packed(weights).view(-1, state.shape[1]),
         packed(biases) if biases else None,
         row_ends,

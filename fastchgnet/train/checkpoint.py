@@ -8,7 +8,6 @@ moment, or a damaged file, costs the work since the last good state and no more.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from fastchgnet.errors import InputError
 from fastchgnet.files import write_atomically
+from fastchgnet.weights import CHECKSUM, digest
 
 GENERATIONS = 2
 
@@ -48,7 +48,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], progress: Progress) 
     """
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     position = json.dumps(dataclasses.asdict(progress))
-    metadata = {"progress": position, "sha256": _checksum(on_host, position)}
+    metadata = {"progress": position, CHECKSUM: digest(on_host, position)}
     path = folder / f"step-{progress.step:010d}.safetensors"
     write_atomically(path, to_safetensors(on_host, metadata))
     for old in _states(folder)[GENERATIONS:]:
@@ -87,16 +87,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Progress]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        if metadata["sha256"] != _checksum(tensors, metadata["progress"]):
+        if metadata[CHECKSUM] != digest(tensors, metadata["progress"]):
             raise InputError(f"{path}: damaged, its checksum does not match")
         return tensors, Progress(**json.loads(metadata["progress"]))
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged or not a state of a run ({error})") from error
-
-
-def _checksum(tensors: Mapping[str, Tensor], position: str) -> str:
-    digest = hashlib.sha256(position.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()

@@ -171,6 +171,12 @@ def _edges(angles, n_edges, EDGES: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
+def _no_vector(length):
+    none = length * 0
+    return none, none, none
+
+
+@triton.jit
 def _store_edges(out, total, n_edges, EDGES: tl.constexpr, STEP: tl.constexpr):
     """Add up the lanes of each short edge."""
     i = tl.program_id(0).to(tl.int64) * EDGES + tl.arange(0, EDGES)
@@ -181,9 +187,10 @@ def _store_edges(out, total, n_edges, EDGES: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _store_share(shares, share, F: tl.constexpr):
-    column = tl.arange(0, triton.next_power_of_2(F))
-    # each angle was counted with its reverse
-    tl.store(shares + tl.program_id(0) * F + column, 0.5 * share, mask=column < F)
+    if shares is not None:
+        column = tl.arange(0, triton.next_power_of_2(F))
+        # each angle was counted with its reverse
+        tl.store(shares + tl.program_id(0) * F + column, 0.5 * share, mask=column < F)
 
 
 @triton.jit(do_not_specialize=["n_edges"])
@@ -193,8 +200,7 @@ def _backward_kernel(
     F: tl.constexpr = N // 2
     i, live, row, end, longest = _edges(angles, n_edges, EDGES, STEP)
     unit_i, length_i = _unit(angles.short_edge, i, live)
-    none = length_i * 0
-    total = (none, none, none)
+    total = _no_vector(length_i)
     share = tl.zeros([triton.next_power_of_2(F)], tl.float32)
     done = longest * 0
     while done < longest:
@@ -217,8 +223,7 @@ def _backward_kernel(
         row += STEP
         done += STEP
     _store_edges(by_edge, total, n_edges, EDGES, STEP)
-    if shares is not None:
-        _store_share(shares, share, F)
+    _store_share(shares, share, F)
 
 
 @triton.jit
@@ -246,8 +251,7 @@ def _second_kernel(
     i, live, row, end, longest = _edges(angles, n_edges, EDGES, STEP)
     unit_i, length_i = _unit(angles.short_edge, i, live)
     change_i, turn_i, longer_i = _turning(cotangent, i, live, unit_i, length_i)
-    none = length_i * 0
-    total = (none, none, none)
+    total = _no_vector(length_i)
     share = tl.zeros([triton.next_power_of_2(F)], tl.float32)
     done = longest * 0
     while done < longest:
@@ -279,7 +283,7 @@ def _second_kernel(
             g = slope * by_phi
             curvature = slope * slope * (cosine * slope * by_phi - tl.sum(n * f * f, 1))
             along = c_dot * slope
-            tl.store(by_grad + row * N, none, mask=inside)
+            tl.store(by_grad + row * N, length_i * 0, mask=inside)
             at, stored = _at(row, inside, 1, F, N)
             tl.store(by_grad + at, SCALE * along[:, None] * f * cosines, mask=stored)
             tl.store(by_grad + at + F, -SCALE * along[:, None] * f * sines, mask=stored)
@@ -290,8 +294,7 @@ def _second_kernel(
         row += STEP
         done += STEP
     _store_edges(by_edge, total, n_edges, EDGES, STEP)
-    if shares is not None:
-        _store_share(shares, share, F)
+    _store_share(shares, share, F)
 
 
 class _Launch:

@@ -34,7 +34,7 @@ from fastchgnet.ops.gpu.message_tiles import (
     write_sums,
 )
 from fastchgnet.ops.gpu.segments import Terms, shares, sum_all
-from fastchgnet.ops.gpu.tiles import dot, factor, norm_backward, read, write, zeros
+from fastchgnet.ops.gpu.tiles import dot, factor, norm_backward, plus, read, write, zeros
 
 WIDTHS = (16, 32, 64)
 pytorch_backward = adding(_message_torch.backward)
@@ -173,10 +173,8 @@ def _backward_kernel(
         a_ND = factor(read(m.a, index[3], live, D, D), PRECISION) if m.a is not None else None
         h_core = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
         h_gate = gathered(tables, a_ND, rows_gate, index, live, 1, D, PRECISION)
-        z_core = norm_input(h_core, hidden_core, m, 0, D, PRECISION)
-        z_gate = norm_input(h_gate, hidden_gate, m, 1, D, PRECISION)
-        x_core, rstd_core = norm(z_core, m, D)
-        x_gate, rstd_gate = norm(z_gate, m, D)
+        x_core, rstd_core = norm(norm_input(h_core, hidden_core, m, 0, D, PRECISION), m, D)
+        x_gate, rstd_gate = norm(norm_input(h_gate, hidden_gate, m, 1, D, PRECISION), m, D)
         n_core = affine(x_core, m, 0, N_NORMS, D)
         s_core, s_gate = tl.sigmoid(n_core), tl.sigmoid(affine(x_gate, m, 1, N_NORMS, D))
         core = n_core * s_core
@@ -202,8 +200,7 @@ def _backward_kernel(
         write(found.h + D, index[3], live, dh_gate, 2 * D, D)
         if m.a is not None:
             da = zeros(BLOCK, D) if m.w is not None else read(grad, index[3], live, D, D)
-            for n in tl.static_range(len(found.onto_a)):
-                da += read(found.onto_a[n], index[3], live, D, D)
+            da = plus(da, found.onto_a, index[3], live, D)
             da, sums_core = rows_backward(
                 dh_core, da, a_ND, rows_core, sums_core, WITH_PARAMETERS, D, PRECISION
             )

@@ -253,7 +253,7 @@ def backward(onto: Sequence[Any], with_parameters: bool, grads: Sequence[Any], *
     update = with_parameters and m.t is not None
     made = Made(_like(m.s), _like(m.s), _padded([])) if update else None
     launch.backward(given, found, made)
-    (by_s,) = added([found.s.clone() if onto[0] else found.s], onto)  # itself, it is a factor below
+    (by_s,) = added([found.s.clone() if onto[0] else found.s], onto[:1])  # itself, it is a factor below
     features = [by_s, found.t, found.w]
     if not with_parameters:
         return features

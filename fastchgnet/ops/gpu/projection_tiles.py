@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastchgnet.ops.gpu.tiles import dot, factor, matrix, read, transposed, vector, write, zeros
+from fastchgnet.ops.gpu.tiles import dot, factor, matrix, plus, read, transposed, vector, write, zeros
 
 
 @triton.jit
@@ -48,21 +48,14 @@ def _put(table, index, values, ENDS: tl.constexpr, WIDTH: tl.constexpr, D: tl.co
 
 
 @triton.jit
-def _plus(values, before, row, live, D: tl.constexpr):
-    for n in tl.static_range(len(before)):
-        values += read(before[n], row, live, D, D)
-    return values
-
-
-@triton.jit
 def _put_onto(table, before, index, values, ENDS: tl.constexpr, D: tl.constexpr):
     """Write rows, or write them at both of their ends, added to what was there before."""
     row, first, second, live = index
     if ENDS:
-        write(table, first, live, _plus(values, before, first, live, D), D, D)
-        write(table, second, live, _plus(values, before, second, live, D), D, D)
+        write(table, first, live, plus(values, before, first, live, D), D, D)
+        write(table, second, live, plus(values, before, second, live, D), D, D)
     else:
-        write(table, row, live, _plus(values, before, row, live, D), D, D)
+        write(table, row, live, plus(values, before, row, live, D), D, D)
 
 
 @triton.jit

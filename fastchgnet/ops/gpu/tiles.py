@@ -58,6 +58,14 @@ def read(table, row, live, WIDTH: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def plus(values, before, row, live, D: tl.constexpr):
+    """Add rows of every table of a tuple, [n, D] each."""
+    for n in tl.static_range(len(before)):
+        values += read(before[n], row, live, D, D)
+    return values
+
+
+@triton.jit
 def write(table, row, live, values, WIDTH: tl.constexpr, D: tl.constexpr):
     """Write D features of the rows that there are."""
     at = row[:, None] * WIDTH + tl.arange(0, D)[None, :]
