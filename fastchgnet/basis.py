@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastchgnet.graph import Index
 from fastchgnet.ops.angular_basis import angular_basis
-from fastchgnet.ops.radial_basis import radial_basis
+from fastchgnet.ops.bond_tables import bond_tables
 
 
 class RadialBasis(nn.Module):
@@ -23,9 +23,23 @@ class RadialBasis(nn.Module):
             math.pi * torch.arange(1, n_radial + 1, dtype=torch.get_default_dtype())
         )
 
-    def forward(self, distance: Tensor) -> Tensor:
-        """Expand distances [U, 1], A, into [U, n_radial]."""
-        return radial_basis(distance, self.frequency, self.cutoff, self.envelope_p)
+    def forward(
+        self, distance: Tensor, weight: Tensor, long_weight: Tensor | None = None, n_short: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Expand distances [U, 1], A, into [U, n_radial], and apply linear layers to that.
+
+        See `fastchgnet.ops.bond_tables`.
+
+        Args:
+            distance: of bonds, short ones first.
+            weight: [D, n_radial] of a layer on all bonds; where there is `long_weight`, [2D, n_radial],
+                of one on short bonds and one on all.
+            long_weight: [n, K, n_radial] of n layers on long bonds.
+            n_short: how many bonds are short.
+        """
+        return bond_tables(
+            distance, self.frequency, weight, long_weight, self.cutoff, self.envelope_p, n_short
+        )
 
 
 class FourierBasis(nn.Module):

@@ -25,6 +25,11 @@ def pair_forces(pair_force_U3: Tensor, batch: Batch) -> Tensor:
     return segment_sum(along_edge, batch.by_center)
 
 
+def _all_bonds(features: Features, head: nn.Module) -> Tensor:
+    """Return what a head reads of bonds, short and long, [U, 2D]."""
+    return torch.cat([features.projected[head.bond], features.projected[head]])
+
+
 class PairHeads(nn.Module):
     """F_i = sum_j n_ij r^_ij and stress = 1/V sum_ij m_ij r^_ij (x) r^_ij with scalars symmetric in i and j.
 
@@ -48,8 +53,8 @@ class PairHeads(nn.Module):
         """Return forces [A, 3], eV/A, and stress [S, 3, 3], eV/A^3."""
         distance = bond_vector.norm(dim=1, keepdim=True)
         unit = bond_vector / distance
-        atom = self.atom(features.atom_AD)
-        tables = Tables(features.bonds.project(self.bond.weight), atom, atom)
+        atom_A2D = features.projected[self.atom]
+        tables = Tables(_all_bonds(features, self), atom_A2D, atom_A2D)
         message_UD = self.message(tables, None, Rows(*batch.bonds_by_ends))
         cutoff = cutoff_envelope(distance, self.config.atom_cutoff, self.config.envelope_p)
         pulls_U23 = self.scalars(message_UD)[:, :, None] * (cutoff * unit)[:, None, :]
@@ -75,15 +80,25 @@ class PaperHeads(nn.Module):
         self.stress_message = GatedMLP(own_norms, hidden=False)
         self.stress_out = nn.Linear(D, 9)
 
+    @property
+    def atom(self) -> nn.Linear:
+        """Projects atoms."""
+        return self.stress_first
+
+    @property
+    def bond(self) -> nn.Linear:
+        """Projects bonds."""
+        return self.force_first
+
     def forward(self, batch: Batch, bond_vector: Tensor, features: Features) -> tuple[Tensor, Tensor]:
         """Return forces [A, 3], eV/A, and stress [S, 3, 3], eV/A^3."""
         distance = bond_vector.norm(dim=1, keepdim=True)
-        hidden = features.bonds.project(self.force_first.weight) + self.force_first.bias
+        hidden = _all_bonds(features, self) + self.bond.bias
         n_U1 = self.force_out(self.force_message.gate(hidden))
         n_U1 = n_U1.where(distance < self.config.atom_cutoff, 0.0)
         forces = pair_forces(n_U1 * bond_vector / distance, batch)
 
-        site = self.stress_out(self.stress_message.gate(self.stress_first(features.atom_AD)))
+        site = self.stress_out(self.stress_message.gate(features.projected[self.atom]))
         mean = segment_sum(site, batch.by_system).view(-1, 3, 3) * GPA
         mean = mean / batch.n_atoms[:, None, None]
         axis_sum = torch.nn.functional.normalize(batch.cell, dim=2).sum(1).to(site.dtype)

@@ -13,7 +13,7 @@ pairs beyond the cutoff contribute exactly zero.
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
-from fastchgnet.ops.bond_tables import bond_tables
 from fastchgnet.ops.geometry import geometry
 from fastchgnet.ops.message import MLP, Rows, Tables, messages
 from fastchgnet.ops.packing import packed
@@ -89,19 +88,24 @@ class GatedMLP(nn.Module):
         return F.silu(z[:, 0]) * torch.sigmoid(z[:, 1])
 
 
+class Head(Protocol):
+    """Reads what the network has made of atoms and bonds, through a projection of each, [2D, D]."""
+
+    @property
+    def atom(self) -> nn.Linear:
+        """Projects atoms."""
+
+    @property
+    def bond(self) -> nn.Linear:
+        """Projects bonds; its bias, if any, is the head's to add."""
+
+
 class BondFeatures(NamedTuple):
-    """Features of all bonds: state of the short ones, radial basis of the long ones."""
+    """Features of all bonds: state of the short ones, and how that of long ones differs from embeddings."""
 
     short_BD: Tensor
-    long_basis_LR: Tensor
-    embedding_DR: Tensor
     has_angle_U1: Tensor | None  # one where the bond's system has an angle; only an output bias asks for it
     long_shift_1D: Tensor | None = None  # what output biases have added to long bonds that have_angle
-
-    def project(self, weight: Tensor) -> Tensor:
-        """Apply a weight [K, D] to the features of every bond, [U, K]."""
-        long_LK = F.linear(self.long_basis_LR, weight @ self.embedding_DR)
-        return torch.cat([F.linear(self.short_BD, weight), self.shifted(long_LK, weight)])
 
     def shifted(self, long_LK: Tensor, weight: Tensor) -> Tensor:
         """Add to projections of the long bonds, by a weight [K, D], what output biases have added to them."""
@@ -117,9 +121,9 @@ class BondFeatures(NamedTuple):
         return self._replace(short_BD=short_BD, long_shift_1D=shift_1D)
 
 
-Projected = dict[nn.Module, Tensor]
-"""What each projection has made of the features it reads, and for each atom convolution what it reads of long
-bonds; every one is read once, and then forgotten."""
+Projected = dict[Any, Tensor]
+"""What each projection has made of the features it reads, and for each atom convolution, and for the head,
+what it reads of long bonds; every one is read once, and then forgotten."""
 
 
 class AtomConv(nn.Module):
@@ -205,7 +209,7 @@ class Features(NamedTuple):
     site_energy: Tensor  # [A] eV, without reference energies
     magmoms: Tensor  # [A] mu_B
     atom_AD: Tensor
-    bonds: BondFeatures
+    projected: Projected  # for the head
 
 
 class CHGNet(nn.Module):
@@ -234,60 +238,61 @@ class CHGNet(nn.Module):
         hidden = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.SiLU())]
         self.readout = nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
 
-    def forward(self, batch: Batch, bond_vector: Tensor) -> Features:
+    def forward(self, batch: Batch, bond_vector: Tensor, head: Head | None = None) -> Features:
         """Run the network.
 
         Args:
             batch: S systems as a graph.
             bond_vector: [U, 3], A, in the network's dtype; what forces are derivatives by.
+            head: for whom the last features of atoms and bonds are projected.
         """
         graph = Graph(batch)
-        weights, bonds, angle_TD, projected = self._embed(batch, bond_vector, graph)
-        bonds = self._update_bonds(0, bonds, None, graph, projected)
-        atom_AD = self._update_atoms(0, self.atom_embedding(batch.atomic_number - 1), None, projected)
+        weights, bonds, angle_TD, projected = self._embed(batch, bond_vector, graph, head)
+        bonds = self._update_bonds(0, bonds, None, graph, projected, head)
+        atom_AD = self._update_atoms(0, self.atom_embedding(batch.atomic_number - 1), None, projected, head)
         for t, conv in enumerate(self.atom_convs[:-1]):
             sum_AD = conv(projected, weights.atom_UD, graph.edges)
-            atom_AD = self._update_atoms(t + 1, atom_AD, sum_AD, projected)
+            atom_AD = self._update_atoms(t + 1, atom_AD, sum_AD, projected, head)
             sum_KD = self.bond_convs[t](projected, angle_TD, weights.bond_KD, graph.angles)
             sent = Sent(sum_KD, weights.bond_BD, self.bond_convs[t].out.weight)
-            bonds = self._update_bonds(t + 1, bonds, sent, graph, projected)
+            bonds = self._update_bonds(t + 1, bonds, sent, graph, projected, head)
             if t < len(self.angle_updates):
                 angle_TD = Shared(self.angle_updates[t](projected, angle_TD, graph.angles))
         magmoms = self.magmom(atom_AD).squeeze(1).abs()
         sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
-        atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected)
+        atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected, head)
         site_energy = readout(atom_AD, self.readout_norm, self.readout)
-        return Features(site_energy, magmoms, atom_AD, bonds)
+        return Features(site_energy, magmoms, atom_AD, projected)
 
     def _embed(
-        self, batch: Batch, bond_vector: Tensor, graph: Graph
+        self, batch: Batch, bond_vector: Tensor, graph: Graph, head: Head | None
     ) -> tuple[Weights, BondFeatures, Shared, Projected]:
         """Return what comes before the first block.
 
         That is the weights of messages, the features of bonds and angles, and the long bonds, embedded and
-        projected for every atom convolution.
+        projected for all who read them.
         """
-        n_short = batch.n_short_bonds
         distance, short_distance, short_K3 = geometry(bond_vector, batch)
-        bond_weight_BD = self.bond_weight(self.bond_basis(short_distance))
+        (bond_weight_BD,) = self.bond_basis(short_distance, self.bond_weight.weight)
         angle_TD = self.angle_embedding(self.angle_basis(short_K3, graph.angles.i, graph.angles.k))
-        basis_UR = self.atom_basis(distance)
         embedding_DR = self.bond_embedding.weight
         weight = packed([embedding_DR, self.atom_weight.weight]).view(2 * D, -1)
-        long_weight = packed([conv.bond.weight for conv in self.atom_convs]).view(-1, D) @ embedding_DR
-        atom_weight_UD, short_BD, *long_tables = bond_tables(basis_UR, weight, long_weight, n_short)
+        readers = [reader for t in range(N_BLOCKS) for reader in self._readers_of_all_bonds(t, head)]
+        long_weight = packed([reader.bond.weight for reader in readers]).view(-1, D) @ embedding_DR
+        long_weight = long_weight.view(len(readers), 2 * D, -1)
+        short_BD, atom_weight_UD, *long_tables = self.atom_basis(
+            distance, weight, long_weight, batch.n_short_bonds
+        )
         bond_weight_KD = gather(bond_weight_BD, graph.short_by_bond)
         bonds = BondFeatures(
             short_BD=short_BD,
-            long_basis_LR=basis_UR[n_short:],
-            embedding_DR=embedding_DR,
             has_angle_U1=self._bond_has_angle(batch) if self.config.output_bias else None,
         )
         return (
             Weights(*map(Shared, (atom_weight_UD, bond_weight_BD, bond_weight_KD))),
             bonds,
             Shared(angle_TD),
-            dict(zip(self.atom_convs, long_tables, strict=True)),
+            dict(zip(readers, long_tables, strict=True)),
         )
 
     def _block(self, t: int) -> int:
@@ -298,18 +303,21 @@ class CHGNet(nn.Module):
         """
         return t if self.config.interaction == "parallel" else t - 1
 
-    def in_order(self) -> list[nn.Parameter]:
+    def in_order(self, head: Head | None = None) -> list[nn.Parameter]:
         """Return the parameters in the order of their use, what one op takes side by side.
 
-        Weights of atom convolutions on bonds are used before all layers, in one product.
+        Weights of those who read all bonds are used before all layers, in one product.
+
+        Args:
+            head: whose projections are among them.
         """
         layers: list[Any] = []
         for t in range(N_BLOCKS + 1):
             if t < N_BLOCKS:
                 layers += [conv.out.weight for conv in _at(self.bond_convs, t - 1)]
-                layers += [reader.weight for reader in self._readers_of_bonds(t)]
+                layers += [reader.weight for reader in self._readers_of_short_bonds(t)]
             layers += [conv.out.weight for conv in _at(self.atom_convs, t - 1)]
-            readers = self._readers_of_atoms(t)
+            readers = self._readers_of_atoms(t, head)
             layers += [reader.weight for reader in readers]
             layers += [reader.bias for reader in readers if reader.bias is not None]
             for conv in _at(self.atom_convs, t):
@@ -318,43 +326,60 @@ class CHGNet(nn.Module):
                 layers += [layer.first.angle.weight, *layer.message.parameters()]
         last = [p for part in (self.magmom, self.readout_norm, self.readout) for p in part.parameters()]
         placed = {id(p) for p in (*layers, *last)}
-        return [*(p for p in self.parameters() if id(p) not in placed), *layers, *last]
+        first = [p for p in self.parameters() if id(p) not in placed]
+        return [*first, *([] if head is None else [head.bond.weight]), *layers, *last]
 
-    def _readers_of_atoms(self, t: int) -> list[nn.Linear]:
+    def _readers_of_atoms(self, t: int, head: Head | None) -> list[nn.Linear]:
         """Return what projects the atom features after t convolutions."""
+        if t == N_BLOCKS:
+            return [] if head is None else [head.atom]
         layers = (*_at(self.bond_convs, self._block(t)), *_at(self.angle_updates, self._block(t)))
         readers = [layer.first.center for layer in layers]
         return readers + [part for conv in _at(self.atom_convs, t) for part in (conv.center, conv.neighbor)]
 
-    def _readers_of_bonds(self, t: int) -> list[nn.Linear]:
-        """Return what projects the bond features after t convolutions, but for the atom convolution."""
+    def _readers_of_all_bonds(self, t: int, head: Head | None) -> list[Any]:
+        """Return who reads the features of all bonds after t convolutions."""
+        return [self.atom_convs[t], *([] if head is None or t < N_BLOCKS - 1 else [head])]
+
+    def _readers_of_short_bonds(self, t: int) -> list[nn.Linear]:
+        """Return what projects those of the short bonds alone, at their ends."""
         layers = (*_at(self.bond_convs, t), *_at(self.angle_updates, self._block(t)))
         return [part for layer in layers for part in (layer.first.bond_i, layer.first.bond_j)]
 
-    def _update_atoms(self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected) -> Tensor:
+    def _update_atoms(
+        self, t: int, atom_AD: Tensor, sum_AD: Tensor | None, projected: Projected, head: Head | None
+    ) -> Tensor:
         """Return the atom features after t convolutions, projected for all who read those."""
         sent = None
         if sum_AD is not None:
             out = self.atom_convs[t - 1].out
             atom_AD = atom_AD if out.bias is None else atom_AD + out.bias
             sent = Sent(sum_AD, None, out.weight)
-        readers = self._readers_of_atoms(t)
+        readers = self._readers_of_atoms(t, head)
         atom_AD, tables = project(atom_AD, sent, [(reader.weight, reader.bias) for reader in readers])
         projected.update(zip(readers, tables, strict=True))
         return atom_AD
 
     def _update_bonds(
-        self, t: int, bonds: BondFeatures, sent: Sent | None, graph: Graph, projected: Projected
+        self,
+        t: int,
+        bonds: BondFeatures,
+        sent: Sent | None,
+        graph: Graph,
+        projected: Projected,
+        head: Head | None,
     ) -> BondFeatures:
         """Return the bond features after t convolutions, projected for all who read those."""
         if sent is not None and self.config.output_bias:
             bonds = bonds.biased(self.bond_convs[t - 1].out.bias)
-        readers = self._readers_of_bonds(t)
+        readers = self._readers_of_short_bonds(t)
         ends = Ends(graph.bond_short, graph.short_by_bond.segment, len(readers))
-        readers.append((conv := self.atom_convs[t]).bond)
+        of_all = self._readers_of_all_bonds(t, head)
+        readers += [reader.bond for reader in of_all]
         short_BD, tables = project(bonds.short_BD, sent, [(reader.weight, None) for reader in readers], ends)
         projected.update(zip(readers, tables, strict=True))
-        projected[conv] = bonds.shifted(projected[conv], conv.bond.weight)
+        for reader in of_all:
+            projected[reader] = bonds.shifted(projected[reader], reader.bond.weight)
         return bonds._replace(short_BD=short_BD)
 
     def _bond_has_angle(self, batch: Batch) -> Tensor:

@@ -70,7 +70,7 @@ class Potential(nn.Module):
         """
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         heads: Iterable[nn.Parameter] = [] if self.heads is None else self.heads.parameters()
-        return {names[id(p)]: p for p in (*self.model.in_order(), *heads)}
+        return {names[id(p)]: p for p in (*self.model.in_order(self.heads), *heads)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,11 +101,12 @@ class Potential(nn.Module):
         if self.heads is None and derivatives:
             return self._conservative(batch, vector)
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            features = self.model(batch, vector)
-            if self.heads is None or not derivatives:
+            head = self.heads if derivatives else None
+            features = self.model(batch, vector, head)
+            if head is None:
                 forces = vector.new_full((len(batch.atomic_number), 3), torch.nan)
                 return self._output(batch, features, forces, vector.new_full(batch.cell.shape, torch.nan))
-            return self._output(batch, features, *self.heads(batch, vector, features))
+            return self._output(batch, features, *head(batch, vector, features))
 
     def _conservative(self, batch: Batch, vector: Tensor) -> Output:
         # only in training will there be a derivative by parameters, too

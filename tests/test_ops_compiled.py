@@ -11,9 +11,10 @@ from test_ops_angular_basis import arguments as angular_arguments
 from test_ops_projection import KINDS, outputs
 from test_ops_projection import arguments as projection_arguments
 from test_ops_radial_basis import arguments as radial_arguments
+from test_ops_radial_basis import radial_basis
 from torch import Tensor
 
-from fastchgnet.ops import angular_basis, projection, radial_basis
+from fastchgnet.ops import angular_basis, bond_tables, projection
 from fastchgnet.ops._register import Family
 from fastchgnet.ops.cpu import native
 from fastchgnet.ops.derivatives import feature_derivatives
@@ -85,14 +86,16 @@ def test_radial_bases(n: int, p: int, n_radial: int, n_threads: int) -> None:
     # in single precision a phase of 200 is right to 1e-5, and its frequencies multiply the error
     if n_radial == 64:
         given = (given[0], given[1] / 4, *given[2:])
-    assert_near(radial_basis._family, given)
+    distance, frequency, *constants = given
+    weight = torch.eye(n_radial, dtype=torch.float64)
+    assert_near(bond_tables._family, (distance, frequency, weight, None, *constants, 0))
 
 
 @threads
 def test_radial_bases_at_and_beyond_the_cutoff(n_threads: int) -> None:
     _, frequency, cutoff, p = radial_arguments(0, n_radial=31)
     distance = torch.tensor([[cutoff], [cutoff + 1e-3], [2 * cutoff], [torch.nan]]).requires_grad_()
-    value = radial_basis.radial_basis(distance, frequency.detach().float(), cutoff, p)
+    value = radial_basis(distance, frequency.detach().float(), cutoff, p)
     with feature_derivatives():
         (slope,) = torch.autograd.grad(value.sum(), distance)
     assert not value[:3].any() and not slope[:3].any()

@@ -17,7 +17,7 @@ from triton import jit
 from triton import language as tl
 
 from fastchgnet.neighbors import build_graph, systems_from_atoms
-from fastchgnet.ops import angular_basis, envelope, pair_forces, radial_basis
+from fastchgnet.ops import angular_basis, envelope, pair_forces
 from fastchgnet.ops.gpu import angular_basis as gpu_angular_basis
 from fastchgnet.ops.gpu import pair_forces as gpu_pair_forces
 from fastchgnet.ops.gpu import radial_basis as gpu_radial_basis
@@ -60,24 +60,6 @@ def check(kernels: Any, op: Any, given: tuple, feature: Tensor, n_rows: int, n: 
         assert one.shape == expected.shape
         assert torch.equal(one, other)
         assert (one.cpu() - expected).norm() <= FLOAT32 * expected.norm()
-
-
-@pytest.mark.parametrize("n_rows", [0, 1, 31, 33, 100])
-@pytest.mark.parametrize(("n_radial", "p"), [(31, 8), (9, 5)])
-def test_radial_basis(n_rows: int, n_radial: int, p: int) -> None:
-    torch.manual_seed(n_rows)
-    distance = 0.5 + 6 * torch.rand(n_rows, 1)
-    frequency = math.pi * torch.arange(1, n_radial + 1) * (1 + 0.01 * torch.randn(n_radial))
-    check(gpu_radial_basis, radial_basis, (distance, frequency, 6.0, p), distance, n_rows, n_radial)
-
-
-def test_radial_basis_is_exactly_nothing_from_the_cutoff_on() -> None:
-    distance = torch.tensor([[3.0], [3.001], [40.0]])
-    given = moved((distance, math.pi * torch.arange(1.0, 32), 3.0, 8), torch.float32, DEVICE)
-    drawn = moved((torch.randn(3, 31), torch.randn(3, 1)), torch.float32, DEVICE)
-    kernels = gpu_radial_basis
-    for found in levels((kernels.forward, kernels.backward, kernels.backward_backward), given, drawn):
-        assert (found == 0).all()
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 300])

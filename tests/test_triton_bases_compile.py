@@ -29,7 +29,8 @@ def _signature(value: Any) -> Any:
     if value is None:
         return "constexpr"
     if isinstance(value, tuple):
-        return type(value)(*map(_signature, value))
+        found = map(_signature, value)
+        return type(value)(*found) if hasattr(value, "_fields") else tuple(found)
     if isinstance(value, torch.Tensor):
         return types[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
@@ -65,7 +66,9 @@ def main() -> None:
     """Print what each kernel that the bodies launch takes on each GPU."""
     import torch
 
+    from fastchgnet.ops.bond_tables import Inputs
     from fastchgnet.ops.gpu import angular_basis as gpu_angular_basis
+    from fastchgnet.ops.gpu import bond_tables as gpu_bond_tables
     from fastchgnet.ops.gpu import pair_forces as gpu_pair_forces
     from fastchgnet.ops.gpu import radial_basis as gpu_radial_basis
     from fastchgnet.ops.gpu import runtime
@@ -78,12 +81,16 @@ def main() -> None:
     runtime.launch = launch
     vector, distance, grad = torch.zeros(8, 3), torch.zeros(8, 1), torch.zeros(8, 31)
     index, sign = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int8)
-    given: tuple[Any, ...] = (distance, torch.zeros(31), 6.0, 8)
     gpu_radial_basis.envelope(distance, 6.0, 8)
-    gpu_radial_basis.forward(*given)
-    for with_parameters in (False, True):
-        gpu_radial_basis.backward(with_parameters, grad, *given)
-    gpu_radial_basis.backward_backward((distance,), grad, *given)
+    for n_tables in (0, 4, 5):
+        weight = torch.zeros(128 if n_tables else 64, 31)
+        long_weight = torch.zeros(n_tables, 128, 31) if n_tables else None
+        given: Any = Inputs(distance, torch.zeros(31), weight, long_weight, 6.0, 8, 3)
+        grads = gpu_bond_tables.forward(*given)
+        for onto, with_parameters in (([()] * 4, False), ([(distance,), (), (), ()], True)):
+            gpu_bond_tables.backward(onto, with_parameters, grads, *given)
+        if n_tables < 5:  # a direct readout has no second derivative
+            gpu_bond_tables.backward_backward((distance,), grads, *given)
     for frequency in (torch.zeros(15), None):
         given = (vector, frequency, index, index, index, index, 31)
         gpu_angular_basis.forward(*given)

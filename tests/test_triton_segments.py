@@ -106,7 +106,7 @@ def test_sums_and_shares_are_added_to_what_there_is(n_shares: int) -> None:
         gpu_segments.shares(of_weights, 16, (onto[1],)),
         gpu_segments.shares(of_biases, 16, ()),
     ]
-    found = gpu_segments.sum_all(wanted, n_shares)
+    found = gpu_segments.sum_all(wanted)
     expected = [segments.reference(rows, by) + 2 * onto[0], of_weights.sum(0).view(3, 16) + onto[1]]
     expected.append(of_biases.sum(0)[None])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,6 @@
-"""Smooth radial Bessel functions of a distance, with learnable frequencies (sRBF).
+"""Smooth radial Bessel functions of a distance, with learnable frequencies (sRBF); no op of its own.
+
+`fastchgnet.ops.bond_tables` reads it through linear layers.
 
 With r[N], frequencies f[R], the cutoff rc, xi = min(r / rc, 1) and the envelope u,
 
@@ -23,8 +25,6 @@ VJP of the VJP, with the cotangent v of dr:
     G~ = v (A' sin(f xi) + A w cos(f xi))
     r~ = v sum_k (A'' P_k + 2 A' w_k Q_k - A w_k^2 P_k)
     f~ = sum over rows of v ((A' xi + A / rc) Q - A xi w P)
-
-Saved: the inputs.
 """
 
 from __future__ import annotations
@@ -34,19 +34,12 @@ import math
 import torch
 from torch import Tensor
 
-from fastchgnet.ops._register import Family, adding
 from fastchgnet.ops.cpu import bases
 from fastchgnet.ops.envelope import envelope, envelope_slope
-from fastchgnet.ops.gpu import runtime
-
-
-def radial_basis(distance: Tensor, frequency: Tensor, cutoff: float, p: int) -> Tensor:
-    """Expand distances [N, 1], A, in R functions, [N, R]; zero from the cutoff on, as its derivatives are."""
-    return _family(distance, frequency, cutoff, p)
 
 
 def reference(distance: Tensor, frequency: Tensor, cutoff: float, p: int) -> Tensor:
-    """Compute the op in plain PyTorch, differentiable to any order."""
+    """Compute it in plain PyTorch, differentiable to any order."""
     xi = distance / cutoff
     return math.sqrt(2 / cutoff) * envelope(xi, p) / distance * torch.sin(frequency * xi)
 
@@ -80,15 +73,17 @@ class _Waves:
         return self.scale * (u_curvature + 2 * self.over_r * (self.u * self.over_r - self.u_slope))
 
 
-def _forward(distance: Tensor, frequency: Tensor, cutoff: float, p: int) -> Tensor:
+def forward(distance: Tensor, frequency: Tensor, cutoff: float, p: int) -> Tensor:
+    """Expand distances [N, 1], A, in R functions, [N, R]; zero from the cutoff on, as its derivatives are."""
     if compiled := bases.library(distance, frequency):
         return bases.radial(compiled, distance, frequency, cutoff, p)
     return reference(distance, frequency, cutoff, p)
 
 
-def _backward(
+def backward(
     with_parameters: bool, grad: Tensor, distance: Tensor, frequency: Tensor, cutoff: float, p: int
 ) -> list[Tensor]:
+    """Return dr and, if asked, df."""
     compiled = None if with_parameters else bases.library(distance, frequency)
     if compiled is not None:
         return [bases.radial_backward(compiled, grad, distance, frequency, cutoff, p)]
@@ -101,10 +96,10 @@ def _backward(
     return [by_distance, by_cos.t() @ (a * waves.xi)[:, 0]]
 
 
-def _backward_backward(
-    cotangents: tuple[Tensor], grad: Tensor, distance: Tensor, frequency: Tensor, cutoff: float, p: int
+def backward_backward(
+    v: Tensor, grad: Tensor, distance: Tensor, frequency: Tensor, cutoff: float, p: int
 ) -> list[Tensor]:
-    (v,) = cotangents
+    """Return G~, r~ and f~."""
     waves, w = _Waves(distance, frequency, cutoff, p), frequency / cutoff
     by_sin, by_cos = grad * waves.sin, grad * waves.cos
     a, slope = waves.amplitude(), waves.slope()
@@ -116,20 +111,3 @@ def _backward_backward(
     )
     by_frequency = by_cos.t() @ (v * (slope * waves.xi + a / cutoff))[:, 0]
     return [by_grad, by_distance, by_frequency - w * (by_sin.t() @ (v * a * waves.xi)[:, 0])]
-
-
-_family = Family(
-    "radial_basis",
-    features=["Tensor distance"],
-    parameters=["Tensor frequency"],
-    constants=["float cutoff", "int p"],
-    forward=_forward,
-    backward=adding(_backward),
-    backward_backward=_backward_backward,
-    shape=lambda distance, frequency, cutoff, p: distance.new_empty(len(distance), len(frequency)),
-)
-_family.on_cuda(
-    runtime.body("radial_basis", "forward", _forward),
-    adding(runtime.body("radial_basis", "backward", _backward)),
-    runtime.body("radial_basis", "backward_backward", _backward_backward),
-)

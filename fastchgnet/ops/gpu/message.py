@@ -283,13 +283,11 @@ class Launch:
             wanted[3] = Terms(found.h, m.k_start[n_r:], m.k_order, onto[3])
         if m.w is not None:
             wanted[4] = Terms(found.w, m.k_start, m.k_order, onto[4])
-        n_shares = 0
         if found.parameters is not None:
-            n_shares = len(found.parameters)
             wanted[6] = shares(found.parameters, self.width, onto[6])
         if found.tangent is not None and m.w is not None:
             wanted[-1] = Terms(found.tangent, m.i_start, None)
-        sums = dict(zip(wanted, sum_all(list(wanted.values()), n_shares), strict=True))
+        sums = dict(zip(wanted, sum_all(list(wanted.values())), strict=True))
         by_grad = [] if found.tangent is None else [sums.get(-1, found.tangent)]
         by_parameters = sums[6].flatten() if 6 in sums else None
         return [*by_grad, *(sums.get(n) for n in range(5)), found.a, by_parameters]

@@ -188,7 +188,7 @@ class Launch:
         # while one tile is multiplied, rows of the next and ends of the one after that are read
         self._run(_weigh_kernel, n_chunks * n_matrices, ROWS, *args, num_stages=3)
         terms = [shares(t, self.width, before) for t, before in zip(found, onto, strict=False)]
-        by_weight, *by_biases = sum_all(terms, n_chunks)
+        by_weight, *by_biases = sum_all(terms)
         return [by_weight, by_biases[0].flatten() if by_biases else None]
 
     def _at_once(self) -> int:

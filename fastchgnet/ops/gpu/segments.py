@@ -32,18 +32,22 @@ class Terms(NamedTuple):
     start: Any  # [n + 1]; None where rows 0, n, 2n and so on are the first segment's: shares of [n, width]
     order: Any = None  # [any number] rows, or None where they are as they stand
     onto: Any = ()  # [n, width] each, what they are added to
+    n_shares: int = 0  # rows of every segment, where there is no start
 
 
 class Sum(NamedTuple):
-    """What a kernel takes of a sum."""
+    """What a kernel takes of a sum: all of the terms but a number, for which it would be compiled anew."""
 
-    terms: Any
+    rows: Any
+    start: Any
+    order: Any
+    onto: Any
     out: Any  # [n, width]
 
 
 def shares(found: Tensor, width: int, onto: Sequence[Tensor]) -> Terms:
     """Sum the rows of a table, [number of shares, any multiple of width], to its [any multiple of width]."""
-    return Terms(found.view(-1, width), None, None, tuple(t.view(-1, width) for t in onto))
+    return Terms(found.view(-1, width), None, None, tuple(t.view(-1, width) for t in onto), len(found))
 
 
 @triton.jit
@@ -54,34 +58,33 @@ def _sum_block(
     segment = block.to(tl.int64) * SEGMENTS + lane // ROWS
     inside = segment < n_segments
     first, end = tl.zeros_like(segment), tl.where(inside, n_shares, 0).to(tl.int64)
-    if job.terms.start is not None:
-        first = tl.load(job.terms.start + segment, mask=inside, other=0)
-        end = tl.load(job.terms.start + segment + 1, mask=inside, other=0)
+    if job.start is not None:
+        first = tl.load(job.start + segment, mask=inside, other=0)
+        end = tl.load(job.start + segment + 1, mask=inside, other=0)
     BLOCK: tl.constexpr = triton.next_power_of_2(WIDTH)
     column = tl.arange(0, BLOCK)
     total = tl.zeros([SEGMENTS * ROWS, BLOCK], job.out.dtype.element_ty)
     for step in range(0, tl.max(end - first).to(tl.int32), ROWS):
         row = first + step + lane % ROWS
         live = row < end
-        if job.terms.start is None:
+        if job.start is None:
             row = row * n_segments + segment
-        if job.terms.order is not None:
-            row = tl.load(job.terms.order + row, mask=live, other=0)
+        if job.order is not None:
+            row = tl.load(job.order + row, mask=live, other=0)
         at = row[:, None] * WIDTH + column[None, :]
-        total += tl.load(job.terms.rows + at, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0)
+        total += tl.load(job.rows + at, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0)
     total = tl.sum(total.reshape([SEGMENTS, ROWS, BLOCK]), 1)
     segment = block.to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
     at = segment[:, None] * WIDTH + column[None, :]
     within = (segment < n_segments)[:, None] & (column < WIDTH)[None, :]
-    for n in tl.static_range(len(job.terms.onto)):
-        total += tl.load(job.terms.onto[n] + at, mask=within, other=0.0)
+    for n in tl.static_range(len(job.onto)):
+        total += tl.load(job.onto[n] + at, mask=within, other=0.0)
     tl.store(job.out + at, total, mask=within)
 
 
-@triton.jit(do_not_specialize=["n_shares", "n_0", "n_1", "n_2", "n_3", "n_4", "n_5", "n_6"])
+@triton.jit(do_not_specialize=[f"{of}_{n}" for of in ("n", "m") for n in range(MAX_SUMS)])
 def _sum_kernel(
     jobs,
-    n_shares,
     n_0,
     n_1,
     n_2,
@@ -89,47 +92,55 @@ def _sum_kernel(
     n_4,
     n_5,
     n_6,
+    m_0,
+    m_1,
+    m_2,
+    m_3,
+    m_4,
+    m_5,
+    m_6,
     WIDTHS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     ROWS: tl.constexpr,
     SHARES: tl.constexpr,
 ):
     sizes = (n_0, n_1, n_2, n_3, n_4, n_5, n_6)
+    shares = (m_0, m_1, m_2, m_3, m_4, m_5, m_6)
     block = tl.program_id(0)
     for job in tl.static_range(len(WIDTHS)):
-        if jobs[job].terms.start is None:
+        if jobs[job].start is None:
             if (block >= 0) & (block < sizes[job]):
-                _sum_block(jobs[job], sizes[job], n_shares, block, WIDTHS[job], 1, SHARES)
+                _sum_block(jobs[job], sizes[job], shares[job], block, WIDTHS[job], 1, SHARES)
             block -= sizes[job]
         else:
             n_blocks = tl.cdiv(sizes[job], SEGMENTS)
             if (block >= 0) & (block < n_blocks):
-                _sum_block(jobs[job], sizes[job], n_shares, block, WIDTHS[job], SEGMENTS, ROWS)
+                _sum_block(jobs[job], sizes[job], 0, block, WIDTHS[job], SEGMENTS, ROWS)
             block -= n_blocks
 
 
-def sum_all(wanted: Sequence[Terms], n_shares: int = 0) -> list[Tensor]:
+def sum_all(wanted: Sequence[Terms]) -> list[Tensor]:
     """Sum several tables by segment in one launch, [n, width] each.
 
     Args:
         wanted: at most MAX_SUMS; what takes longest is best first.
-        n_shares: how many rows each segment has of the tables without `start`.
     """
     jobs, n_blocks = [], 0
     for terms in wanted:
         rows, width = terms.rows, terms.rows.shape[1]
-        n = len(rows) // n_shares if terms.start is None else len(terms.start) - 1
-        jobs.append(Sum(terms, rows.new_empty(n, width)))
+        n = len(rows) // terms.n_shares if terms.start is None else len(terms.start) - 1
+        jobs.append(Sum(*terms[:4], rows.new_empty(n, width)))
         n_blocks += n if terms.start is None else triton.cdiv(n, SEGMENTS)
-    sizes = [len(job.out) for job in jobs]
+    nothing = [0] * (MAX_SUMS - len(jobs))
     runtime.launch(
         _sum_kernel,
         max(n_blocks, 1),
         jobs[0].out.device,
         tuple(jobs),
-        n_shares,
-        *sizes,
-        *[0] * (MAX_SUMS - len(jobs)),
+        *[len(job.out) for job in jobs],
+        *nothing,
+        *[terms.n_shares for terms in wanted],
+        *nothing,
         WIDTHS=tuple(job.out.shape[1] for job in jobs),
         SEGMENTS=SEGMENTS,
         ROWS=ROWS,
