@@ -138,8 +138,8 @@ def test_messages_leave_while_the_pass_goes_on(readout: str) -> None:
     positions = [n for n, event in enumerate(ranks.events) if event == "message"]
     still_to_come = [ranks.events[n:].count("function") for n in positions]
     assert len(positions) == N_MESSAGES and all(still_to_come[:-1])
-    # a quarter of them, or more, are those of the first blocks and of the bases
-    assert still_to_come[0] > ranks.events.count("function") / 4
+    # a fifth of them, or more, are those of the first blocks; the bases are three, of the longest ones
+    assert still_to_come[0] > ranks.events.count("function") / 5
     sizes = [last - first for first, last in ranks.places()]
     assert max(sizes) < 1.3 * min(sizes)
 
