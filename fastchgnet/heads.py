@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
 from fastchgnet.model import D, Features, GatedMLP, projection
-from fastchgnet.ops.envelope import cutoff_envelope
+from fastchgnet.ops.central_pulls import central_pulls
 from fastchgnet.ops.message import Rows, Tables
 from fastchgnet.ops.pair_forces import forces_and_stress
 from fastchgnet.ops.segments import gather, segment_sum
@@ -51,14 +51,12 @@ class PairHeads(nn.Module):
 
     def forward(self, batch: Batch, bond_vector: Tensor, features: Features) -> tuple[Tensor, Tensor]:
         """Return forces [A, 3], eV/A, and stress [S, 3, 3], eV/A^3."""
-        distance = bond_vector.norm(dim=1, keepdim=True)
-        unit = bond_vector / distance
         atom_A2D = features.projected[self.atom]
         tables = Tables(_all_bonds(features, self), atom_A2D, atom_A2D)
         message_UD = self.message(tables, None, Rows(*batch.bonds_by_ends))
-        cutoff = cutoff_envelope(distance, self.config.atom_cutoff, self.config.envelope_p)
-        pulls_U23 = self.scalars(message_UD)[:, :, None] * (cutoff * unit)[:, None, :]
-        return forces_and_stress(pulls_U23, unit, batch)
+        cutoff, p = self.config.atom_cutoff, self.config.envelope_p
+        pulls_U23, unit_U3 = central_pulls(message_UD, self.scalars.weight, bond_vector, cutoff, p)
+        return forces_and_stress(pulls_U23, unit_U3, batch)
 
 
 class PaperHeads(nn.Module):

@@ -1,4 +1,4 @@
-"""Radial basis and envelope: values, first and second derivatives, accuracy and the cutoff."""
+"""Radial basis: values, first and second derivatives, accuracy and the cutoff."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastchgnet.ops.bond_tables import bond_tables
 from fastchgnet.ops.derivatives import feature_derivatives
-from fastchgnet.ops.envelope import _cutoff, cutoff_envelope, envelope
 from fastchgnet.ops.radial_basis import reference
 
 CUTOFF = 3.0
@@ -97,16 +96,3 @@ def test_single_precision_near_the_cutoff() -> None:
         # 1 - xi keeps 6e-8 / 1e-4 of itself, of which the envelope is the third power
         relative = ((found.double() - expected) / expected).abs() * (1 - distance.double() / CUTOFF)
         assert relative.max() < 1e-6
-
-
-@lengths
-@powers
-def test_envelope_and_its_only_derivative(n: int, p: int) -> None:
-    distance = arguments(n, p)[0]
-    ours, expected = cutoff_envelope(distance, CUTOFF, p), envelope(distance / CUTOFF, p)
-    torch.testing.assert_close(ours, expected, **EXACT)
-    torch.library.opcheck(_cutoff, (distance, CUTOFF, p))
-    (slope,) = torch.autograd.grad(ours.sum(), distance, create_graph=True)
-    torch.testing.assert_close(slope, torch.autograd.grad(expected.sum(), distance)[0], **EXACT)
-    with pytest.raises(RuntimeError, match="autograd"):
-        slope.sum().backward()

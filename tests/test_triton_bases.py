@@ -17,10 +17,9 @@ from triton import jit
 from triton import language as tl
 
 from fastchgnet.neighbors import build_graph, systems_from_atoms
-from fastchgnet.ops import angular_basis, envelope, pair_forces
+from fastchgnet.ops import angular_basis, pair_forces
 from fastchgnet.ops.gpu import angular_basis as gpu_angular_basis
 from fastchgnet.ops.gpu import pair_forces as gpu_pair_forces
-from fastchgnet.ops.gpu import radial_basis as gpu_radial_basis
 from fastchgnet.ops.gpu.trigonometry import angle, sine_and_cosine
 
 # float32 at phases of a hundred radians, whose sines err by 4e-6, and slopes of up to a hundred
@@ -60,13 +59,6 @@ def check(kernels: Any, op: Any, given: tuple, feature: Tensor, n_rows: int, n: 
         assert one.shape == expected.shape
         assert torch.equal(one, other)
         assert (one.cpu() - expected).norm() <= FLOAT32 * expected.norm()
-
-
-@pytest.mark.parametrize("n_rows", [0, 1, 300])
-def test_envelope(n_rows: int) -> None:
-    distance = 7 * torch.rand(n_rows, 1)
-    found = gpu_radial_basis.envelope(distance.to(DEVICE), 6.0, 8).cpu()
-    torch.testing.assert_close(found, envelope._forward(distance.double(), 6.0, 8).float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_edges", [(), (1,), (2,), (3, 0, 1, 4), (9, 5, 0, 6)], ids=str)

@@ -16,7 +16,7 @@ MAX_SHARED = 160 * 1024  # bytes that a program may take on an A100
 def test_kernels_compile_without_spills() -> None:
     kernels = run_script(__file__)
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
-    assert len({kernel["name"] for kernel in kernels}) == 10
+    assert len({kernel["name"] for kernel in kernels}) == 11
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
@@ -69,8 +69,8 @@ def main() -> None:
     from fastchgnet.ops.bond_tables import Inputs
     from fastchgnet.ops.gpu import angular_basis as gpu_angular_basis
     from fastchgnet.ops.gpu import bond_tables as gpu_bond_tables
+    from fastchgnet.ops.gpu import central_pulls as gpu_central_pulls
     from fastchgnet.ops.gpu import pair_forces as gpu_pair_forces
-    from fastchgnet.ops.gpu import radial_basis as gpu_radial_basis
     from fastchgnet.ops.gpu import runtime
 
     found = []
@@ -81,7 +81,9 @@ def main() -> None:
     runtime.launch = launch
     vector, distance, grad = torch.zeros(8, 3), torch.zeros(8, 1), torch.zeros(8, 31)
     index, sign = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int8)
-    gpu_radial_basis.envelope(distance, 6.0, 8)
+    message, weight = torch.zeros(8, 64), torch.zeros(2, 64)
+    gpu_central_pulls.forward(message, weight, vector, 6.0, 8)
+    gpu_central_pulls.backward(torch.zeros(8, 2, 3), message, weight, vector, 6.0, 8)
     for n_tables in (0, 4, 5):
         weight = torch.zeros(128 if n_tables else 64, 31)
         long_weight = torch.zeros(n_tables, 128, 31) if n_tables else None

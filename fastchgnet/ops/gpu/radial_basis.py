@@ -1,13 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The radial basis in Triton kernels, and the body of `fastchgnet.ops.envelope`; symbols as there."""
+"""The radial basis and its envelope in Triton kernels; symbols as in `fastchgnet.ops.radial_basis`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.gpu.trigonometry import sine_and_cosine
 
 
@@ -20,7 +18,7 @@ def _power(x, N: tl.constexpr):
 
 
 @triton.jit
-def _envelope(xi, P: tl.constexpr):
+def envelope(xi, P: tl.constexpr):
     series = xi * 0 + P * (P + 1) / 2
     for step in tl.static_range(P - 1):
         series = series * xi + (P - 1 - step) * (P - step) / 2
@@ -30,7 +28,7 @@ def _envelope(xi, P: tl.constexpr):
 @triton.jit
 def amplitudes(r, xi, cutoff, scale, P: tl.constexpr):
     """A, A' and A''."""
-    u = _envelope(xi, P)
+    u = envelope(xi, P)
     coefficient = P * (P + 1) * (P + 2) / 2
     rest = 1 - xi
     slope = tl.div_rn(-coefficient * _power(xi, P - 1) * rest * rest, cutoff)
@@ -50,18 +48,3 @@ def waves(r, frequency, cutoff, R: tl.constexpr, COLUMNS: tl.constexpr):
     f = tl.load(frequency + column, mask=column < R, other=0.0)
     sine, cosine = sine_and_cosine(xi[:, None] * f[None, :])
     return xi, tl.div_rn(f, cutoff)[None, :], sine, cosine
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _envelope_kernel(distance, out, cutoff, n_rows, P: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    xi = tl.div_rn(tl.load(distance + row, mask=row < n_rows, other=0.0), cutoff)
-    tl.store(out + row, _envelope(tl.minimum(xi, 1.0), P), mask=row < n_rows)
-
-
-def envelope(distance: Tensor, cutoff: float, p: int) -> Tensor:
-    given, n_rows = distance.contiguous(), distance.numel()
-    out = given.new_empty(given.shape)
-    n_programs = max(1, triton.cdiv(n_rows, 256))
-    runtime.launch(_envelope_kernel, n_programs, out.device, given, out, cutoff, n_rows, P=p, BLOCK=256)
-    return out
