@@ -52,7 +52,8 @@ class PairHeads(nn.Module):
     def forward(self, batch: Batch, bond_vector: Tensor, features: Features) -> tuple[Tensor, Tensor]:
         """Return forces [A, 3], eV/A, and stress [S, 3, 3], eV/A^3."""
         atom_A2D = features.projected[self.atom]
-        tables = Tables(_all_bonds(features, self), atom_A2D, atom_A2D)
+        # the sums over one end's transpose find each bond at both of its ends
+        tables = Tables(_all_bonds(features, self), atom_A2D, atom_A2D.detach())
         message_UD = self.message(tables, None, Rows(*batch.bonds_by_ends))
         cutoff, p = self.config.atom_cutoff, self.config.envelope_p
         pulls_U23, unit_U3 = central_pulls(message_UD, self.scalars.weight, bond_vector, cutoff, p)

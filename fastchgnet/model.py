@@ -23,6 +23,7 @@ from fastchgnet.basis import ChebyshevBasis, FourierBasis, RadialBasis
 from fastchgnet.config import ModelConfig
 from fastchgnet.graph import Batch
 from fastchgnet.ops.geometry import geometry
+from fastchgnet.ops.magmom import magmoms
 from fastchgnet.ops.message import MLP, Rows, Tables, messages
 from fastchgnet.ops.packing import packed
 from fastchgnet.ops.projection import Ends, Sent, project
@@ -258,11 +259,11 @@ class CHGNet(nn.Module):
             bonds = self._update_bonds(t + 1, bonds, sent, graph, projected, head)
             if t < len(self.angle_updates):
                 angle_TD = Shared(self.angle_updates[t](projected, angle_TD, graph.angles))
-        magmoms = self.magmom(atom_AD).squeeze(1).abs()
+        moments = magmoms(atom_AD, self.magmom)
         sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
         atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected, head)
         site_energy = readout(atom_AD, self.readout_norm, self.readout)
-        return Features(site_energy, magmoms, atom_AD, projected)
+        return Features(site_energy, moments, atom_AD, projected)
 
     def _embed(
         self, batch: Batch, bond_vector: Tensor, graph: Graph, head: Head | None

@@ -16,7 +16,7 @@ MAX_SHARED = 160 * 1024  # bytes that a program may take on an A100
 def test_kernels_compile_without_spills() -> None:
     kernels = run_script(__file__)
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
-    assert len({kernel["name"] for kernel in kernels}) == 11
+    assert len({kernel["name"] for kernel in kernels}) == 13
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
@@ -70,6 +70,7 @@ def main() -> None:
     from fastchgnet.ops.gpu import angular_basis as gpu_angular_basis
     from fastchgnet.ops.gpu import bond_tables as gpu_bond_tables
     from fastchgnet.ops.gpu import central_pulls as gpu_central_pulls
+    from fastchgnet.ops.gpu import magmom as gpu_magmom
     from fastchgnet.ops.gpu import pair_forces as gpu_pair_forces
     from fastchgnet.ops.gpu import runtime
 
@@ -84,6 +85,8 @@ def main() -> None:
     message, weight = torch.zeros(8, 64), torch.zeros(2, 64)
     gpu_central_pulls.forward(message, weight, vector, 6.0, 8)
     gpu_central_pulls.backward(torch.zeros(8, 2, 3), message, weight, vector, 6.0, 8)
+    gpu_magmom.forward(message, weight[:1], distance[:1, 0])
+    gpu_magmom.backward(distance[:, 0], message, weight[:1], distance[:1, 0])
     for n_tables in (0, 4, 5):
         weight = torch.zeros(128 if n_tables else 64, 31)
         long_weight = torch.zeros(n_tables, 128, 31) if n_tables else None
