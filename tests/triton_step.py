@@ -126,8 +126,12 @@ def _register_everywhere(self: CustomOpDef, device_types: Any, body: Any = None,
         return _register(self, device_types, body)
     if body is None:
         return lambda given: _register_everywhere(self, device_types, given)
-    _register(self, "cuda", body)
-    return _register(self, "cpu", _counted(body))
+    Library.impl = _impl  # type: ignore[method-assign]
+    try:
+        _register(self, "cuda", body)
+        return _register(self, "cpu", _counted(body))
+    finally:
+        Library.impl = _impl_everywhere  # type: ignore[method-assign]
 
 
 Library.impl = _impl_everywhere  # type: ignore[method-assign]
