@@ -305,33 +305,6 @@ def test_sizes_are_counted_where_the_cutoffs_are_others(stores: Path) -> None:
     assert (smaller <= stored).all() and (smaller.sum(0)[1:] < stored.sum(0)[1:]).all()
 
 
-# recording
-
-
-def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
-    def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-    calls: list[object] = []
-
-    def double(shapes: object, inputs: Sequence[Tensor]) -> Tensor:
-        calls.append(shapes)
-        return 2 * inputs[0]
-
-    recorder = Recorder(double, record)
-    assert [recorder("a", [torch.tensor(float(n))]).item() for n in range(4)] == [0, 2, 4, 6]
-    assert calls == ["a"] * 4
-    assert caplog.messages == ["steps cannot be recorded and run one by one: operation not permitted"]
-
-
-def test_what_has_no_shapes_of_its_own_is_not_recorded() -> None:
-    record = CalledAgain(2)
-    recorder = Recorder(lambda shapes, inputs: torch.cat([inputs[0], inputs[0]]), record)
-    for shapes, n in ((None, 1), ("a", 1), (None, 2), ("a", 1), ("a", 1)):
-        assert recorder(shapes, [torch.ones(n)]).tolist() == [1] * (2 * n)
-    assert record.n_recorded == 1 and record.n_replayed == 2
-
-
 def test_closed_steps_keep_no_recording(make_trainer: Callable[..., Trainer], config: RunConfig) -> None:
     trainer, kept = make_trainer("resident"), []
 
