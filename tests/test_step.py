@@ -5,7 +5,6 @@ Everything here runs on the CPU; a stand-in for CUDA graphs calls the function a
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,8 +17,6 @@ import torch
 from recordings import CalledAgain
 from test_train import configure, emt_frames
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastchgnet.config import Provenance, RunConfig
 from fastchgnet.data.store import Store, write_store
@@ -29,13 +26,12 @@ from fastchgnet.record import Recorder
 from fastchgnet.train import loop
 from fastchgnet.train.batches import Batches, Division, validation_batches
 from fastchgnet.train.loop import Trainer
-from fastchgnet.train.optim import Optimizer
 from fastchgnet.train.resident import ResidentFrames
 from fastchgnet.train.rooms import Room, Rooms, frame_sizes
 from fastchgnet.train.sampler import Strategy
 from fastchgnet.train.setup import Frames, blank_potential
 from fastchgnet.train.source import DeviceGraphs, HostGraphs, Planning, Source, open_sources
-from fastchgnet.train.step import Inputs, Outcome, Step, Steps
+from fastchgnet.train.step import Outcome, Steps
 
 CPU = torch.device("cpu")
 CUTOFFS = (3.5, 3.0)
@@ -216,40 +212,6 @@ def test_resident_frames_are_those_of_the_store(stores: Path) -> None:
         wanted, found = getattr(labels, field.name), getattr(spare_labels, field.name)
         torch.testing.assert_close(found[: len(wanted)], wanted, rtol=0, atol=0, equal_nan=True)
         assert found[len(wanted) :].isnan().all() and len(found) == (7 if len(wanted) == 5 else 13)
-
-
-class OnOneDevice(TorchDispatchMode):
-    """Refuses operations on tensors of the host: on a GPU the host would wait for them."""
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        found = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, found)):
-            assert not isinstance(tensor, Tensor) or tensor.device.type == "meta", operation
-        return found
-
-
-@pytest.mark.parametrize("readout", ["conservative", "direct"])
-@pytest.mark.parametrize("choice", ["resident", "sent"])
-def test_the_host_sees_nothing_of_a_step(config: RunConfig, stores: Path, readout: str, choice: str) -> None:
-    """From the numbers of frames to the new weights; on the meta device what needs a value fails."""
-    model = config.model.model_copy(update={"readout": readout})
-    frames = everything(Store(stores / "train"))
-    first = blank_potential(config.model_copy(update={"model": model}), frames, CPU)
-    planning, batch = planning_for(frames, batches_of(config)), batches_of(config)[0]
-    resident = ResidentFrames(frames.store, torch.device("meta")) if choice == "resident" else None
-    source = DeviceGraphs(frames, first, planning, resident)
-    room = source.room([batch])
-    item = source.prepare(batch, room)
-    potential = copy.deepcopy(first).to("meta").train()
-    source = DeviceGraphs(frames, potential, planning, resident)
-    optimizer = Optimizer(potential.in_order(), copy.deepcopy(potential).in_order(), clip_norm=1.0)
-    step = Step(potential, optimizer, config.loss)
-    tensors = [t.to("meta") for t in item.tensors]
-    inputs = Inputs.unpacked(torch.zeros(20, dtype=torch.float64, device="meta"))
-    with OnOneDevice():
-        assert step([source.make(tensors, room)], inputs).shape == (5,)
 
 
 # rooms

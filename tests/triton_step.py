@@ -114,6 +114,9 @@ def _counted(body: Any) -> Any:
 
 
 def _impl_everywhere(self: Library, name: Any, body: Any, key: str = "", **options: Any) -> None:
+    if self.ns != "fastchgnet":  # torch's own
+        _impl(self, name, body, key, **options)
+        return
     if key == "CompositeExplicitAutograd":  # serves on a GPU where there is no other
         body = _counted(body)
     _impl(self, name, body, key, **options)
