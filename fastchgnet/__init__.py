@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from fastchgnet.sim.md import MolecularDynamics
     from fastchgnet.sim.relax import relax
 
-__version__ = version("fastchgnet")
+__version__ = "0.1.0"
 __all__ = ["FastCHGNetCalculator", "MolecularDynamics", "Prediction", "load", "predict", "relax"]
 
 _HOMES = {

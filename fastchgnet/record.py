@@ -32,11 +32,23 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Capture `function`, which is not run."""
-        graph = torch.cuda.CUDAGraph()
+        """Capture `function`, which is not run; raise what it raises."""
+        graph, failure = torch.cuda.CUDAGraph(), None
+        # where a capture fails, `torch.cuda.graph` would leave its own stream the current one
+        here = torch.cuda.stream(torch.cuda.current_stream())
         # the thread that prepares the next batch goes on meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = function()
+        captured = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        try:
+            with here, captured:
+                try:
+                    result = function()
+                except BaseException as error:
+                    failure = error
+                    raise
+        except RuntimeError:
+            if failure is not None:  # it broke the capture, whose own error says no more than that
+                raise failure from None
+            raise
         return graph.replay, result
 
 
@@ -87,6 +99,7 @@ class Recorder:
                 raise
             except RuntimeError as error:
                 logger.warning("steps cannot be recorded and run one by one: %s", first_line(error))
+                logger.debug("where it failed", exc_info=error)
                 self.stop()
                 return self._function(shapes, inputs)
         recording = self._recordings[shapes]

@@ -19,7 +19,8 @@ from typing import Any
 def run_script(file: str, *args: Any) -> list[dict[str, Any]]:
     """Run a test file as a script that compiles, with arguments as JSON, and return what it prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     command = [sys.executable, file, *([json.dumps(args)] if args else [])]
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

@@ -15,7 +15,7 @@ import typer
 from crystals import crystals
 from frames import labelled_atoms
 
-from fastchgnet.bench import correctness, kernels, reference, rows, timing
+from fastchgnet.bench import correctness, kernels, reference, rows, runs, timing
 from fastchgnet.bench.frames import Composition, Pool
 from fastchgnet.bench.plot import draw
 from fastchgnet.bench.profile import profiled
@@ -143,7 +143,8 @@ def test_environment_describes_the_run() -> None:
 def test_float32_on_the_cpu_is_correct_and_a_wrong_force_is_not(file, monkeypatch) -> None:
     pytest.importorskip("chgnet")  # has the weights
     session = Session(Options(file, chgnet=False))
-    assert [row["readout"] for row in correctness.check(session)] == ["conservative", "direct"]
+    right = list(correctness.check(session))
+    assert [row["readout"] for row in right] == ["conservative", "direct"]
     forward = Potential.forward
 
     def wrong(self: Potential, batch):
@@ -151,10 +152,12 @@ def test_float32_on_the_cpu_is_correct_and_a_wrong_force_is_not(file, monkeypatc
         return output._replace(forces=output.forces * 1.01) if self.dtype == torch.float32 else output
 
     monkeypatch.setattr(Potential, "forward", wrong)
+    found = []
     with pytest.raises(
-        InputError, match="forces_ev_per_angstrom of the conservative readout in fp32 is off by"
+        InputError,
+        match=r"forces_ev_per_angstrom of the conservative readout in fp32 is off by .*; .* of the direct",
     ):
-        correctness.check(session)
+        found.extend(correctness.check(session))
 
 
 @pytest.mark.parametrize(
@@ -205,6 +208,23 @@ def test_against_chgnet_same_weights_say_the_same(file, monkeypatch, capsys) -> 
     assert infer["chgnet"]["batch_size"] in (1, 4, 16)
     draw(Path("rows.json"), Path("steps.png"))
     assert Path("steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_of_all_that_fails_keeps_no_other_from_running(file, monkeypatch, capsys) -> None:
+    def broken(session, workload, readout):
+        raise RuntimeError("CUDA error: no more\nsecond line")
+
+    def fine(session, workload, readout):
+        return session.row("made", workload, readout, "a note")
+
+    made = {name: (broken if name == "infer" else fine, (1,), (1,)) for name in runs.RUNS}
+    monkeypatch.setattr(runs, "RUNS", made)
+    monkeypatch.setattr(correctness, "check", lambda session: iter(()))
+    args = ("--frames", file, "--no-chgnet", "--readout", "direct", "--out", "rows.json")
+    status, _, lines = program(monkeypatch, capsys, "all", *args)
+    assert status == 2 and lines[-1] == "error: cpu: infer failed, the others are done; see above"
+    assert "warning: infer failed, the others go on: CUDA error: no more" in lines
+    assert len(rows.read(Path("rows.json"))) == len(runs.ALL) - 1
 
 
 @pytest.mark.slow

@@ -31,6 +31,19 @@ def test_recorded_evaluations_are_those_on_graphs_of_the_host(config) -> None:
     assert (record.n_recorded, record.n_replayed) == (1, len(path) - 3)
 
 
+def test_energies_in_between_do_not_end_a_recording() -> None:
+    """As where ASE is asked for the energy of every step, and then for its forces."""
+    systems, record = systems_from_atoms(several()), CalledAgain()
+    recorded = MovingSystems(potential(CONSERVATIVE), systems, record=record)
+    path = wander(systems, 6)
+    for now in path:
+        energy = recorded.evaluate(now.position, now.cell, derivatives=False).energy
+        found = recorded.evaluate(now.position, now.cell)
+        torch.testing.assert_close(found.energy, energy, rtol=1e-9, atol=1e-9)
+    # the first by its neighbours, the second warms up
+    assert (record.n_recorded, record.n_replayed) == (1, len(path) - 2)
+
+
 def test_outputs_outlive_the_next_evaluation() -> None:
     model, systems = potential(CONSERVATIVE), systems_from_atoms(several())
     recorded = MovingSystems(model, systems, record=CalledAgain())

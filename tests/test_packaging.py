@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,18 @@ def name_of(requirement: str) -> str:
 
 def test_version_is_the_same_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert fastchgnet.__version__ == version("fastchgnet") == PROJECT["version"] == citation["version"]
+    assert fastchgnet.__version__ == PROJECT["version"] == citation["version"]
+
+
+def test_copy_that_is_not_installed_can_be_imported():
+    command = [
+        sys.executable,
+        "-S",
+        "-c",
+        "import fastchgnet; print(fastchgnet.__version__)",
+    ]  # -S: no packages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == PROJECT["version"]
 
 
 def test_hard_dependencies_are_light():

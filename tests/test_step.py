@@ -5,7 +5,6 @@ Everything here runs on the CPU; a stand-in for CUDA graphs calls the function a
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,8 +17,6 @@ import torch
 from recordings import CalledAgain
 from test_train import configure, emt_frames
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastchgnet.config import Provenance, RunConfig
 from fastchgnet.data.store import Store, write_store
@@ -29,13 +26,12 @@ from fastchgnet.record import Recorder
 from fastchgnet.train import loop
 from fastchgnet.train.batches import Batches, Division, validation_batches
 from fastchgnet.train.loop import Trainer
-from fastchgnet.train.optim import Optimizer
 from fastchgnet.train.resident import ResidentFrames
 from fastchgnet.train.rooms import Room, Rooms, frame_sizes
 from fastchgnet.train.sampler import Strategy
 from fastchgnet.train.setup import Frames, blank_potential
 from fastchgnet.train.source import DeviceGraphs, HostGraphs, Planning, Source, open_sources
-from fastchgnet.train.step import Inputs, Outcome, Step, Steps
+from fastchgnet.train.step import Outcome, Steps
 
 CPU = torch.device("cpu")
 CUTOFFS = (3.5, 3.0)
@@ -218,40 +214,6 @@ def test_resident_frames_are_those_of_the_store(stores: Path) -> None:
         assert found[len(wanted) :].isnan().all() and len(found) == (7 if len(wanted) == 5 else 13)
 
 
-class OnOneDevice(TorchDispatchMode):
-    """Refuses operations on tensors of the host: on a GPU the host would wait for them."""
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        found = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, found)):
-            assert not isinstance(tensor, Tensor) or tensor.device.type == "meta", operation
-        return found
-
-
-@pytest.mark.parametrize("readout", ["conservative", "direct"])
-@pytest.mark.parametrize("choice", ["resident", "sent"])
-def test_the_host_sees_nothing_of_a_step(config: RunConfig, stores: Path, readout: str, choice: str) -> None:
-    """From the numbers of frames to the new weights; on the meta device what needs a value fails."""
-    model = config.model.model_copy(update={"readout": readout})
-    frames = everything(Store(stores / "train"))
-    first = blank_potential(config.model_copy(update={"model": model}), frames, CPU)
-    planning, batch = planning_for(frames, batches_of(config)), batches_of(config)[0]
-    resident = ResidentFrames(frames.store, torch.device("meta")) if choice == "resident" else None
-    source = DeviceGraphs(frames, first, planning, resident)
-    room = source.room([batch])
-    item = source.prepare(batch, room)
-    potential = copy.deepcopy(first).to("meta").train()
-    source = DeviceGraphs(frames, potential, planning, resident)
-    optimizer = Optimizer(potential.in_order(), copy.deepcopy(potential).in_order(), clip_norm=1.0)
-    step = Step(potential, optimizer, config.loss)
-    tensors = [t.to("meta") for t in item.tensors]
-    inputs = Inputs.unpacked(torch.zeros(20, dtype=torch.float64, device="meta"))
-    with OnOneDevice():
-        assert step([source.make(tensors, room)], inputs).shape == (5,)
-
-
 # rooms
 
 
@@ -303,33 +265,6 @@ def test_sizes_are_counted_where_the_cutoffs_are_others(stores: Path) -> None:
     assert stored[:, :4].tolist() == frames.store.sizes.tolist()
     smaller = frame_sizes(frames.store, frames.indices, 3.5, 2.8)
     assert (smaller <= stored).all() and (smaller.sum(0)[1:] < stored.sum(0)[1:]).all()
-
-
-# recording
-
-
-def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
-    def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-    calls: list[object] = []
-
-    def double(shapes: object, inputs: Sequence[Tensor]) -> Tensor:
-        calls.append(shapes)
-        return 2 * inputs[0]
-
-    recorder = Recorder(double, record)
-    assert [recorder("a", [torch.tensor(float(n))]).item() for n in range(4)] == [0, 2, 4, 6]
-    assert calls == ["a"] * 4
-    assert caplog.messages == ["steps cannot be recorded and run one by one: operation not permitted"]
-
-
-def test_what_has_no_shapes_of_its_own_is_not_recorded() -> None:
-    record = CalledAgain(2)
-    recorder = Recorder(lambda shapes, inputs: torch.cat([inputs[0], inputs[0]]), record)
-    for shapes, n in ((None, 1), ("a", 1), (None, 2), ("a", 1), ("a", 1)):
-        assert recorder(shapes, [torch.ones(n)]).tolist() == [1] * (2 * n)
-    assert record.n_recorded == 1 and record.n_replayed == 2
 
 
 def test_closed_steps_keep_no_recording(make_trainer: Callable[..., Trainer], config: RunConfig) -> None:

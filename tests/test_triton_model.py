@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 def step_of_kernels(readout: str, n_frames: int, out: Path) -> dict[str, dict[str, int]]:
     """Take a step in a process of its own; return what it counted."""
     command = [sys.executable, str(ROOT / "tests" / "triton_step.py"), readout, str(n_frames), str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # it interprets, also where there is a GPU
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

@@ -114,6 +114,9 @@ def _counted(body: Any) -> Any:
 
 
 def _impl_everywhere(self: Library, name: Any, body: Any, key: str = "", **options: Any) -> None:
+    if self.ns != "fastchgnet":  # torch's own
+        _impl(self, name, body, key, **options)
+        return
     if key == "CompositeExplicitAutograd":  # serves on a GPU where there is no other
         body = _counted(body)
     _impl(self, name, body, key, **options)
@@ -126,8 +129,12 @@ def _register_everywhere(self: CustomOpDef, device_types: Any, body: Any = None,
         return _register(self, device_types, body)
     if body is None:
         return lambda given: _register_everywhere(self, device_types, given)
-    _register(self, "cuda", body)
-    return _register(self, "cpu", _counted(body))
+    Library.impl = _impl  # type: ignore[method-assign]
+    try:
+        _register(self, "cuda", body)
+        return _register(self, "cpu", _counted(body))
+    finally:
+        Library.impl = _impl_everywhere  # type: ignore[method-assign]
 
 
 Library.impl = _impl_everywhere  # type: ignore[method-assign]

@@ -28,7 +28,7 @@ HELP = {
     "kernels": "Count and rank what a training step executes, and at half the batch.",
     "memory": "Measure the peak memory of a training step.",
     "data": "Time reading frames and building graphs, beside a training step.",
-    "all": "Check results against float64 on the CPU, then run all of these.",
+    "all": "Check results against float64 on the CPU, then run train, infer, graph, kernels and data.",
 }
 
 

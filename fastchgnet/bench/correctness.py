@@ -7,7 +7,7 @@ single operations belong here too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,28 +58,30 @@ class Result(NamedTuple):
     gradient: Tensor  # [n_parameters]
 
 
-def check(session: Session) -> list[Row]:
-    """Compare both readouts with float64 on the CPU; return a row for each of them and each precision.
+def check(session: Session) -> Iterator[Row]:
+    """Compare both readouts with float64 on the CPU; yield a row for each of them and each precision.
 
     Raises:
-        InputError: a deviation is larger than the precision explains, or not a number.
+        InputError: behind the last row, where a deviation is larger than its precision explains, or not a
+            number.
     """
     workload = session.pool.workload(N_FRAMES)
-    rows = []
+    wrong = []
     names: Iterable[runtime.Precision] = POLICIES if session.device.type == "cuda" else ("fp32",)
     for readout in ("conservative", "direct"):
         for name in names:
             row = session.row("correctness", workload, readout, NOTE) | {"precision": name}
             with runtime.precision(name):
                 found = deviations(workload, readout, session.device)
-            rows.append(row | {"deviations": found, "allowed": POLICIES[name]})
-            for quantity, limit in POLICIES[name].items():
-                if not found[quantity] <= limit:
-                    raise InputError(
-                        f"{session.device}: wrong results, nothing was timed: {quantity} of the {readout} "
-                        f"readout in {name} is off by {found[quantity]:.1e}, {limit:.0e} is allowed"
-                    )
-    return rows
+            yield row | {"deviations": found, "allowed": POLICIES[name]}
+            wrong += [
+                f"{quantity} of the {readout} readout in {name} is off by {found[quantity]:.1e}, "
+                f"{limit:.0e} is allowed"
+                for quantity, limit in POLICIES[name].items()
+                if not found[quantity] <= limit
+            ]
+    if wrong:
+        raise InputError(f"{session.device}: wrong results, nothing was timed: {'; '.join(wrong)}")
 
 
 def deviations(workload: Workload, readout: str, device: torch.device) -> dict[str, float]:

@@ -40,7 +40,8 @@ def profiled(work: Work, device: torch.device, n_top: int = 0) -> Profile:
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     synchronize(device)
-    with profile(activities=activities) as recorded:
+    # there is one cycle only, and without `acc_events` torch warns that it forgets the others
+    with profile(activities=activities, acc_events=True) as recorded:
         work()
         synchronize(device)
     events = recorded.events() or []

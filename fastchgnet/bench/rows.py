@@ -21,7 +21,7 @@ from fastchgnet.report import Table, text
 
 Row = dict[str, Any]
 
-PACKAGES = ("torch", "triton", "numpy", "vesin", "chgnet")
+PACKAGES = ("triton", "numpy", "vesin", "chgnet")
 
 
 def environment(device: torch.device) -> Row:
@@ -33,7 +33,9 @@ def environment(device: torch.device) -> Row:
         "threads": torch.get_num_threads(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        # torch's own word tells the build, too
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

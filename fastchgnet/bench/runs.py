@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from fastchgnet.bench import correctness, data, graph, infer, kernels, memory, r
 from fastchgnet.bench.frames import Workload
 from fastchgnet.bench.rows import Row
 from fastchgnet.bench.session import Options, Session
-from fastchgnet.errors import InputError
+from fastchgnet.errors import InputError, first_line
 
 RowMaker = Callable[[Session, Workload, str], Row]
 
@@ -25,6 +26,9 @@ RUNS: dict[str, tuple[RowMaker, tuple[int, ...], tuple[int, ...]]] = {
 }
 """The run, its batch sizes on a CPU, and on a GPU."""
 
+ALL = ("train", "infer", "graph", "kernels", "data")
+"""What `all` runs, in this order; peaks of memory come with `train` and `infer`."""
+
 LARGE = (256, 512)
 """Batch sizes at which `all` times our training alone on a GPU: chgnet does not fit."""
 
@@ -32,8 +36,11 @@ LARGE = (256, 512)
 def run(name: str, options: Options, out: Path | None, say: Callable[[str], None]) -> list[Row]:
     """Run a sub-command, or all of them after a check of the results; append rows to `out` as they come.
 
+    Of all, one that fails does not keep the others from running.
+
     Raises:
-        InputError: no chgnet, unreadable frames, a batch that does not fit, or wrong results on this device.
+        InputError: no chgnet, unreadable frames, a batch that does not fit, or wrong results on this device;
+            or, behind all rows, which of all sub-commands have failed.
     """
     rows.check_out(out)
     session = Session(options, say)
@@ -45,12 +52,23 @@ def run(name: str, options: Options, out: Path | None, say: Callable[[str], None
             if out is not None:
                 rows.append(out, [row])
 
-    if name == "all":
-        add(correctness.check(session))
-    for each in RUNS if name == "all" else (name,):
-        add(_rows(each, session))
-    if name == "all" and session.device.type == "cuda" and not options.batches:
-        add(_rows("train", session.with_options(batches=LARGE, chgnet=False)))
+    if name != "all":
+        add(_rows(name, session))
+        return done
+    add(correctness.check(session))
+    parts = {each: _rows(each, session) for each in ALL}
+    if session.device.type == "cuda" and not options.batches:
+        large = _rows("train", session.with_options(batches=LARGE, chgnet=False))
+        parts["train"] = itertools.chain(parts["train"], large)
+    failed = []
+    for each, found in parts.items():
+        try:
+            add(found)
+        except (InputError, RuntimeError) as error:
+            say(f"warning: {each} failed, the others go on: {first_line(error)}")
+            failed.append(each)
+    if failed:
+        raise InputError(f"{session.device}: {', '.join(failed)} failed, the others are done; see above")
     return done
 
 

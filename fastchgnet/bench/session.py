@@ -17,10 +17,13 @@ from fastchgnet.bench.frames import Composition, Pool, Workload
 from fastchgnet.bench.reference import require_chgnet
 from fastchgnet.bench.rows import Row, environment
 from fastchgnet.device import pick_device
-from fastchgnet.ops.gpu.runtime import current_precision
 
 NOISE = 0.1
 """Cores that other processes may use; at their barriers, threads of ours spin while they wait for a core."""
+
+
+TRAINING = ("train", "kernels", "memory", "data")
+"""Commands that take the trainer's steps, whose matrix products are in tf32 on a GPU; chgnet's are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class Session:
             "label": self.options.label,
             "note": note,
             "options": self.options.as_dict(),
-            "precision": current_precision() if self.device.type == "cuda" else "fp32",
+            "precision": "tf32" if self.device.type == "cuda" and command in TRAINING else "fp32",
             "environment": environment(self.device),
             "synthetic_labels": {"of": workload.synthetic, "seed": self.options.seed},
             "batch": workload.composition._asdict(),

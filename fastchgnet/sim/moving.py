@@ -102,9 +102,10 @@ class MovingSystems:
                 self.systems = replace(self.systems, position=position, cell=cell)
                 return output
             self._recorded = None
-        comes_back = self._batch is not None
+        # not for crystals that are evaluated once, nor for those of which only energies are asked
+        begins = derivatives and self._recorded is None and self._batch is not None
         batch = self.graph(position, cell)
-        if self._record is not None and comes_back:
+        if self._record is not None and begins:
             host = self.systems.to("cpu")
             if n_candidates(self.potential, host) <= MAX_CANDIDATES:
                 self._recorded = RecordedSystems(FixedSystems(self.potential, host, batch), self._record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from fastchgnet import __version__
 from fastchgnet.config import RunConfig, load_run_config
 from fastchgnet.device import own_settings
 from fastchgnet.errors import InputError
@@ -123,7 +123,7 @@ def _facts(config: RunConfig, frames: tuple[Frames, Frames]) -> dict[str, str]:
     """What must be the same in all processes."""
     train, val = frames
     facts = {
-        "the version of fastchgnet": importlib.metadata.version("fastchgnet"),
+        "the version of fastchgnet": __version__,
         "the version of torch": torch.__version__,
         "the training frames": train.fingerprint(),
         "the validation frames": val.fingerprint(),

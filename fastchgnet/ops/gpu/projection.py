@@ -109,13 +109,15 @@ def _backward_kernel(
     N_BIASES: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    PULLS: tl.constexpr,  # whether there is `found`; Triton 3.6 does not compare tuples with None
+    MAKES: tl.constexpr,  # whether there is `made`
 ):
     program, n_tiles = tl.program_id(0), tl.cdiv(n_rows, BLOCK)
-    if found is not None:
+    if PULLS:
         if program < n_tiles:
             pull(m, grads, found, program, n_rows, N_PARTS, N_AT_ENDS, D, BLOCK)
         program -= n_tiles
-    if made is not None and program >= 0:
+    if MAKES and program >= 0:
         project(m, made, program, n_rows, 1, N_PARTS, N_AT_ENDS, 0, D, BLOCK)
 
 
@@ -171,11 +173,13 @@ class Launch:
 
     def backward(self, given: Given, found: Pulled | None, made: Made | None) -> None:
         """Compute ds and what it leads to, and x or x' and projections of this; or either."""
-        kinds = (found is not None) + (made is not None)
+        pulls, makes = found is not None, made is not None
+        kinds = pulls + makes
         many = kinds * triton.cdiv(self.n_rows, FEW_ROWS) > self._at_once()
         rows = ROWS if many else FEW_ROWS
         n_programs = kinds * triton.cdiv(self.n_rows, rows)
-        self._run(_backward_kernel, n_programs, rows, given, self.grads, found, made, self.n_rows)
+        args = (given, self.grads, found, made, self.n_rows)
+        self._run(_backward_kernel, n_programs, rows, *args, PULLS=pulls, MAKES=makes)
 
     def parameters(self, given: Given, factors: Factors, onto: Sequence[Any] = ((), ())) -> list[Any]:
         """Return the gradients of the weights and of the biases, added to what there is of them."""
@@ -196,7 +200,14 @@ class Launch:
         return runtime.n_programs(self.n_rows, self.m.s.device, PER_MULTIPROCESSOR)
 
     def _run(
-        self, kernel: Any, n_programs: int, rows: int, given: Given, *args: Any, num_stages: int = 1
+        self,
+        kernel: Any,
+        n_programs: int,
+        rows: int,
+        given: Given,
+        *args: Any,
+        num_stages: int = 1,
+        **options: Any,
     ) -> None:
         runtime.launch(
             kernel,
@@ -211,6 +222,7 @@ class Launch:
             BLOCK=rows,
             num_warps=WARPS,
             num_stages=num_stages,
+            **options,
         )
 
 
