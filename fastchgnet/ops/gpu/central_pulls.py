@@ -22,7 +22,7 @@ from fastchgnet.ops.gpu.tiles import read, vector, write
 WIDTHS = (16, 32, 64)
 ROWS = 32
 WARPS = 4
-PER_MULTIPROCESSOR = 4  # programs that run there at once
+PER_MULTIPROCESSOR = 2  # programs that run there at once
 
 
 @triton.jit
