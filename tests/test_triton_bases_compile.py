@@ -18,7 +18,7 @@ def test_kernels_compile_with_next_to_no_spills() -> None:
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
     assert len({kernel["name"] for kernel in kernels}) == 13
     for kernel in kernels:
-        # a tile of the second derivative holds functions, their gradients and tangents: 24 bytes with triton 3.6
+        # a tile of a second derivative holds functions, gradients and tangents: 24 bytes with triton 3.6
         most = 24 if "bond_tables" in kernel["name"] else 0
         assert kernel["spilled"] <= most, kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
