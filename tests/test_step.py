@@ -241,15 +241,14 @@ def test_the_host_sees_nothing_of_a_step(config: RunConfig, stores: Path, readou
     resident = ResidentFrames(frames.store, torch.device("meta")) if choice == "resident" else None
     source = DeviceGraphs(frames, first, planning, resident)
     room = source.room([batch])
-    item = source.prepare(batch, room)
+    tensors = [t.to("meta") for t in source.prepare(batch, room)]
     potential = copy.deepcopy(first).to("meta").train()
     source = DeviceGraphs(frames, potential, planning, resident)
     optimizer = Optimizer(potential.in_order(), copy.deepcopy(potential).in_order(), clip_norm=1.0)
     step = Step(potential, optimizer, config.loss)
-    tensors = [t.to("meta") for t in item.tensors]
-    inputs = Inputs.unpacked(torch.zeros(20, dtype=torch.float64, device="meta"))
+    inputs = Inputs(*(torch.zeros(shape, dtype=torch.float64, device="meta") for shape in ((3, 4), 3, 8)))
     with OnOneDevice():
-        assert step([source.make(tensors, room)], inputs).shape == (5,)
+        assert step([source.make(tensors, room)], inputs).shape == (8,)
 
 
 # rooms
@@ -318,7 +317,7 @@ def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> 
         calls.append(shapes)
         return 2 * inputs[0]
 
-    recorder = Recorder(double, record)
+    recorder = Recorder(double, CPU, record)
     assert [recorder("a", [torch.tensor(float(n))]).item() for n in range(4)] == [0, 2, 4, 6]
     assert calls == ["a"] * 4
     assert caplog.messages == ["steps cannot be recorded and run one by one: operation not permitted"]
@@ -326,7 +325,7 @@ def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> 
 
 def test_what_has_no_shapes_of_its_own_is_not_recorded() -> None:
     record = CalledAgain(2)
-    recorder = Recorder(lambda shapes, inputs: torch.cat([inputs[0], inputs[0]]), record)
+    recorder = Recorder(lambda shapes, inputs: torch.cat([inputs[0], inputs[0]]), CPU, record)
     for shapes, n in ((None, 1), ("a", 1), (None, 2), ("a", 1), ("a", 1)):
         assert recorder(shapes, [torch.ones(n)]).tolist() == [1] * (2 * n)
     assert record.n_recorded == 1 and record.n_replayed == 2
@@ -339,7 +338,7 @@ def test_closed_steps_keep_no_recording(make_trainer: Callable[..., Trainer], co
         kept.append(weakref.ref((made := CalledAgain(N_RESULTS)(function))[0]))
         return made
 
-    trainer.take_step._recorder = Recorder(trainer.take_step._in_room, record)
+    trainer.take_step._recorder = Recorder(trainer.take_step._in_room, CPU, record)
     advance(trainer, batches_of(config)[:1] * 2)
     assert kept[0]() is not None
     trainer.take_step.close()
