@@ -103,6 +103,7 @@ class Batch(_Tensors):
     bond_center: Tensor  # [U]
     bond_neighbor: Tensor  # [U]
     bond_edge: Tensor  # [U, 2] the edge from the bond's centre and the one from its neighbour
+    pair_start: Tensor  # [U + 1] 0, 2, ..., 2U: where the two edges of each bond begin in `bond_edge`, flat
     edge_center: Tensor  # [E] ascending
     edge_neighbor: Tensor  # [E]
     edge_bond: Tensor  # [E]
@@ -152,10 +153,10 @@ class Batch(_Tensors):
     @property
     def by_bond(self) -> tuple[Index, Index]:
         """Edges by bond, and short edges by short bond: two each, so that both start at the same rows."""
-        start = torch.arange(0, 2 * len(self.bond_edge) + 1, 2, device=self.bond_edge.device)
+        short_start = self.pair_start[: self.n_short_bonds + 1]
         return (
-            Index(self.edge_bond, start, self.bond_edge.flatten()),
-            Index(self.short_bond, start[: self.n_short_bonds + 1], self.bond_short.flatten()),
+            Index(self.edge_bond, self.pair_start, self.bond_edge.flatten()),
+            Index(self.short_bond, short_start, self.bond_short.flatten()),
         )
 
     @property

@@ -143,6 +143,7 @@ def _bonds(room, real, out, row, ghosts):
         along = (row * 0 + k == 0).to(tl.int64)
         tl.store(out.bond_image + row * 3 + k, along, mask=live)
         tl.store(out.bond_vector + row * 3 + k, _LENGTH * along.to(tl.float64), mask=live)
+    tl.store(out.pair_start + row, 2 * row, mask=row <= room.short_bonds + room.long_bonds)
     live_short = live & is_short
     for k in tl.static_range(2):
         tl.store(out.bond_edge + row * 2 + k, edge + k, mask=live)
@@ -204,7 +205,7 @@ def pad_kernel(raw, room, sums, out, BLOCK: tl.constexpr):
     bonds = room.short_bonds + room.long_bonds
     if block == 0:
         tl.store(out.fits, fits)
-    lengths = (room.systems + 1, room.atoms + 1, bonds, 2 * bonds, 2 * room.short_bonds + 1, room.angles)
+    lengths = (room.systems + 1, room.atoms + 1, bonds + 1, 2 * bonds, 2 * room.short_bonds + 1, room.angles)
     for kind in tl.static_range(6):
         n_blocks = tl.cdiv(lengths[kind], BLOCK)
         if (block >= 0) & (block < n_blocks):
@@ -227,5 +228,5 @@ def pad_kernel(raw, room, sums, out, BLOCK: tl.constexpr):
 def n_blocks(room: Rooms, block: int) -> int:
     """Programs that the kernel needs."""
     bonds = room.short_bonds + room.long_bonds
-    lengths = room.systems + 1, room.atoms + 1, bonds, 2 * bonds, 2 * room.short_bonds + 1, room.angles
+    lengths = room.systems + 1, room.atoms + 1, bonds + 1, 2 * bonds, 2 * room.short_bonds + 1, room.angles
     return sum(-(-length // block) for length in lengths)
