@@ -288,6 +288,8 @@ def _edges(search: _Search, bond_cutoff: float, capacity: Capacity) -> _Edges:
         "bond_neighbor": pairs.neighbor.index_select(0, edge),
         "bond_edge": torch.stack([edge, reverse.index_select(0, edge)], dim=1),
         "pair_start": torch.arange(0, len(row) + 1, 2, device=row.device),
+        "own_start": torch.arange(capacity.bonds + 1, device=row.device),
+        "none_start": torch.zeros_like(atom),
         "edge_center": pairs.center,
         "edge_neighbor": pairs.neighbor,
         "edge_bond": bond.index_select(0, row.where(is_first, reverse)),

@@ -122,6 +122,7 @@ def _atoms(raw, room, real, sums, out, row, ghosts):
     tl.store(out.atomic_number + row, number, mask=live)
     system = tl.minimum(real.systems + ghost, room.systems - 1)
     tl.store(out.atom_system + row, system, mask=live & (ghost >= 0))
+    tl.store(out.none_start + row, 0 * row, mask=row <= room.atoms)
     live = (row <= room.atoms) & (ghost >= 0)
     edges = 2 * _ceil(ghost * bonds, atoms)
     tl.store(out.atom_edge + row, 2 * (real.short_bonds + real.long_bonds) + edges, mask=live)
@@ -143,7 +144,9 @@ def _bonds(room, real, out, row, ghosts):
         along = (row * 0 + k == 0).to(tl.int64)
         tl.store(out.bond_image + row * 3 + k, along, mask=live)
         tl.store(out.bond_vector + row * 3 + k, _LENGTH * along.to(tl.float64), mask=live)
-    tl.store(out.pair_start + row, 2 * row, mask=row <= room.short_bonds + room.long_bonds)
+    in_start = row <= room.short_bonds + room.long_bonds
+    tl.store(out.pair_start + row, 2 * row, mask=in_start)
+    tl.store(out.own_start + row, row, mask=in_start)
     live_short = live & is_short
     for k in tl.static_range(2):
         tl.store(out.bond_edge + row * 2 + k, edge + k, mask=live)
