@@ -9,7 +9,6 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
 from fastchgnet.errors import InputError, first_line
 
@@ -79,12 +78,3 @@ def pick_device(name: str) -> torch.device:
         return number.device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device {name} cannot be used ({first_line(error)})") from error
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Send a tensor of the host to a device without waiting for it to arrive."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        tensor = tensor.pin_memory()
-    # towards the host nobody would wait, and the values could be read before they arrive
-    return tensor.to(device, non_blocking=kind != "cpu")

@@ -103,6 +103,9 @@ class Batch(_Tensors):
     bond_center: Tensor  # [U]
     bond_neighbor: Tensor  # [U]
     bond_edge: Tensor  # [U, 2] the edge from the bond's centre and the one from its neighbour
+    pair_start: Tensor  # [U + 1] 0, 2, ..., 2U: where the two edges of each bond begin in `bond_edge`, flat
+    own_start: Tensor  # [U + 1] 0, 1, ..., U: bonds that are segments of their own
+    none_start: Tensor  # [A + 1] zeros: atoms to which no rows belong
     edge_center: Tensor  # [E] ascending
     edge_neighbor: Tensor  # [E]
     edge_bond: Tensor  # [E]
@@ -152,10 +155,10 @@ class Batch(_Tensors):
     @property
     def by_bond(self) -> tuple[Index, Index]:
         """Edges by bond, and short edges by short bond: two each, so that both start at the same rows."""
-        start = torch.arange(0, 2 * len(self.bond_edge) + 1, 2, device=self.bond_edge.device)
+        short_start = self.pair_start[: self.n_short_bonds + 1]
         return (
-            Index(self.edge_bond, start, self.bond_edge.flatten()),
-            Index(self.short_bond, start[: self.n_short_bonds + 1], self.bond_short.flatten()),
+            Index(self.edge_bond, self.pair_start, self.bond_edge.flatten()),
+            Index(self.short_bond, short_start, self.bond_short.flatten()),
         )
 
     @property
@@ -180,12 +183,10 @@ class Batch(_Tensors):
         The transpose of the second lists the bonds at either end and that of the third none, so that sums
         over both find each bond of an atom once.
         """
-        bonds = torch.arange(len(self.bond_center) + 1, device=self.bond_center.device)
-        none = torch.zeros_like(self.atom_edge)
         return (
-            Index(bonds[:-1], bonds, None),
+            Index(self.own_start[:-1], self.own_start, None),
             Index(self.bond_center, self.atom_edge, self.edge_bond),
-            Index(self.bond_neighbor, none, none[:0]),
+            Index(self.bond_neighbor, self.none_start, self.none_start[:0]),
         )
 
 

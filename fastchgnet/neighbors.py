@@ -241,6 +241,9 @@ def _edges(bonds: _Bonds, n_atoms: int) -> dict[str, Tensor]:
     other_end = (end + n_bonds) % max(2 * n_bonds, 1)
     return {
         "bond_edge": edge_of_end.view(2, n_bonds).t().contiguous(),
+        "pair_start": torch.arange(0, 2 * n_bonds + 1, 2, device=end.device),
+        "own_start": torch.arange(n_bonds + 1, device=end.device),
+        "none_start": end.new_zeros(n_atoms + 1),
         "edge_center": edge_center,
         "edge_neighbor": both_ends[other_end],
         "edge_bond": end % max(n_bonds, 1),

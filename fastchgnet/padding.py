@@ -96,7 +96,8 @@ def field_lengths(capacity: Capacity) -> dict[str, int]:
     systems, atoms, short, _, angles = capacity
     special = {"system_start": systems + 1, "atom_edge": atoms + 1, "atom_angle": atoms + 1}
     special |= {"cell": systems, "volume": systems, "n_atoms": systems}
-    special |= {"short_angle": 2 * short + 1, "bond_short": short}
+    special |= {"short_angle": 2 * short + 1, "bond_short": short, "none_start": atoms + 1}
+    special |= dict.fromkeys(("pair_start", "own_start"), capacity.bonds + 1)
     kinds = {"bond": capacity.bonds, "edge": 2 * capacity.bonds, "short": 2 * short}
     kinds |= {"atomic": atoms, "atom": atoms, "angle": angles}
     names = [field.name for field in dataclasses.fields(Batch)]
@@ -246,11 +247,14 @@ class _Ghosts:
         }
 
     def pointers(self, batch: Batch) -> dict[str, Tensor]:
-        """First edges and angles of ghost atoms, first angles of ghost short edges."""
+        """First edges and angles of ghost atoms, first angles of ghost short edges, and constants."""
         atom = self._rows(self.capacity.atoms + 1, self.real.atoms)
         edge = self._rows(2 * self.capacity.short_bonds + 1, self.first_short_edge)
         edges = 2 * self.bonds_before(atom)
         return {
+            "pair_start": torch.arange(0, 2 * self.capacity.bonds + 1, 2, device=atom.device),
+            "own_start": torch.arange(self.capacity.bonds + 1, device=atom.device),
+            "none_start": torch.zeros_like(atom),
             "atom_edge": torch.where(atom < 0, batch.atom_edge, self.first_edge + edges),
             "atom_angle": torch.where(
                 atom < 0, batch.atom_angle, self._first_angle(edges.minimum(2 * self.n_short))

@@ -72,11 +72,12 @@ class Recorder:
 
     Args:
         function: what to call.
+        device: where it takes its inputs.
         record: makes recordings; None for none.
     """
 
-    def __init__(self, function: Function, record: Record | None) -> None:
-        self._function, self._record = function, record
+    def __init__(self, function: Function, device: torch.device, record: Record | None) -> None:
+        self._function, self._device, self._record = function, device, record
         self._seen: set[Hashable] = set()
         self._recordings: dict[Hashable, _Recording] = {}
 
@@ -85,13 +86,28 @@ class Recorder:
 
         Args:
             shapes: names the shapes of the inputs; None where they are seen once.
-            inputs: tensors on the device.
+            inputs: tensors on the device, or on the host in pinned memory, for which it does not wait.
         """
+        recording = self._recorded(shapes, inputs)
+        if recording is None:
+            return self._function(shapes, [t.to(self._device, non_blocking=True) for t in inputs])
+        # behind the replay before, which may still read what was there
+        torch._foreach_copy_(recording.inputs, list(inputs), non_blocking=True)
+        recording.replay()
+        return recording.result
+
+    def stop(self) -> None:
+        """Drop all recordings and make no more."""
+        self._record = None
+        self._recordings.clear()
+
+    def _recorded(self, shapes: Hashable, inputs: Inputs) -> _Recording | None:
+        """Return the recording for these shapes; None where the function is to be called as it is."""
         if self._record is None or shapes is None:
-            return self._function(shapes, inputs)
+            return None
         if shapes not in self._seen:
             self._seen.add(shapes)
-            return self._function(shapes, inputs)
+            return None
         if shapes not in self._recordings:
             try:
                 self._recordings[shapes] = self._make(self._record, shapes, inputs)
@@ -101,18 +117,10 @@ class Recorder:
                 logger.warning("steps cannot be recorded and run one by one: %s", first_line(error))
                 logger.debug("where it failed", exc_info=error)
                 self.stop()
-                return self._function(shapes, inputs)
-        recording = self._recordings[shapes]
-        torch._foreach_copy_(recording.inputs, list(inputs))
-        recording.replay()
-        return recording.result
-
-    def stop(self) -> None:
-        """Drop all recordings and make no more."""
-        self._record = None
-        self._recordings.clear()
+                return None
+        return self._recordings[shapes]
 
     def _make(self, record: Record, shapes: Hashable, inputs: Inputs) -> _Recording:
-        fixed = [tensor.clone() for tensor in inputs]
+        fixed = [tensor.to(self._device, copy=True) for tensor in inputs]
         replay, result = record(lambda: self._function(shapes, fixed))
         return _Recording(fixed, replay, result)

@@ -73,6 +73,8 @@ def run(model: Potential, *atoms: Atoms) -> Output:
 def check_indices(batch: Batch) -> None:
     """Check that every index of a batch agrees with its transpose."""
     names = ("by_system", "by_center", "by_neighbor", "angle_by_center", "angle_by_i", "angle_by_j")
+    assert batch.own_start.tolist() == list(range(len(batch.bond_center) + 1))
+    assert batch.none_start.tolist() == [0] * (len(batch.atomic_number) + 1)
     by_bond, short_by_bond = batch.by_bond
     indices = {name: getattr(batch, name) for name in names}
     for name, index in {**indices, "by_bond": by_bond, "short_by_bond": short_by_bond}.items():

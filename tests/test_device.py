@@ -38,6 +38,6 @@ def test_a_step_stays_on_its_device(config: ModelConfig, padded: bool) -> None:
         capacity = Capacity(*(n + 3 for n in rows_of(batch)))
         batch, labels = pad(batch, capacity), pad_labels(labels, capacity)
     made = Made(batch, labels, torch.ones((), dtype=torch.bool, device="meta"))
-    inputs = Inputs.unpacked(torch.zeros(20, dtype=torch.float64, device="meta"))
+    inputs = Inputs(*(torch.zeros(shape, dtype=torch.float64, device="meta") for shape in ((3, 4), 3, 8)))
     health = step([made, made], inputs)
     assert {t.device.type for t in (health, step.sums.huber, *average(batch))} == {"meta"}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastchgnet.record import CudaGraphs, Recorder
 
+CPU = torch.device("cpu")
+
 
 def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
     def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -24,7 +26,7 @@ def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> 
         calls.append(shapes)
         return 2 * inputs[0]
 
-    recorder = Recorder(double, record)
+    recorder = Recorder(double, CPU, record)
     assert [recorder("a", [torch.tensor(float(n))]).item() for n in range(4)] == [0, 2, 4, 6]
     assert calls == ["a"] * 4
     assert caplog.messages == ["steps cannot be recorded and run one by one: operation not permitted"]
@@ -32,7 +34,7 @@ def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> 
 
 def test_what_has_no_shapes_of_its_own_is_not_recorded() -> None:
     record = CalledAgain(2)
-    recorder = Recorder(lambda shapes, inputs: torch.cat([inputs[0], inputs[0]]), record)
+    recorder = Recorder(lambda shapes, inputs: torch.cat([inputs[0], inputs[0]]), CPU, record)
     for shapes, n in ((None, 1), ("a", 1), (None, 2), ("a", 1), ("a", 1)):
         assert recorder(shapes, [torch.ones(n)]).tolist() == [1] * (2 * n)
     assert record.n_recorded == 1 and record.n_replayed == 2

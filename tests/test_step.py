@@ -274,7 +274,7 @@ def test_closed_steps_keep_no_recording(make_trainer: Callable[..., Trainer], co
         kept.append(weakref.ref((made := CalledAgain(N_RESULTS)(function))[0]))
         return made
 
-    trainer.take_step._recorder = Recorder(trainer.take_step._in_room, record)
+    trainer.take_step._recorder = Recorder(trainer.take_step._in_room, CPU, record)
     advance(trainer, batches_of(config)[:1] * 2)
     assert kept[0]() is not None
     trainer.take_step.close()

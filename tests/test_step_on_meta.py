@@ -71,15 +71,14 @@ def take_step(folder: Path, readout: str, choice: str, dtype: str, mode: OnOneDe
     resident = ResidentFrames(frames.store, torch.device("meta")) if choice == "resident" else None
     source = DeviceGraphs(frames, first, planning, resident)
     room = source.room([batch])
-    item = source.prepare(batch, room)
+    tensors = [t.to("meta") for t in source.prepare(batch, room)]
     potential = copy.deepcopy(first).to("meta").train()
     source = DeviceGraphs(frames, potential, planning, resident)
     optimizer = Optimizer(potential.in_order(), copy.deepcopy(potential).in_order(), clip_norm=1.0)
     step = Step(potential, optimizer, config.loss)
-    tensors = [t.to("meta") for t in item.tensors]
-    inputs = Inputs.unpacked(torch.zeros(20, dtype=torch.float64, device="meta"))
+    inputs = Inputs(*(torch.zeros(shape, dtype=torch.float64, device="meta") for shape in ((3, 4), 3, 8)))
     with mode:
-        assert step([source.make(tensors, room)], inputs).shape == (5,)
+        assert step([source.make(tensors, room)], inputs).shape == (8,)
 
 
 @pytest.mark.parametrize("readout", ["conservative", "direct"])
@@ -110,7 +109,9 @@ def test_kernels_of_a_step_are_given_tensors_of_their_device(
 ) -> None:
     take_step(tmp_path, readout, choice, "float32", BodiesForGpus())
     used = {
-        *("adam", "angular_basis", "geometry", "huber", "message", "neighbors", "neighbors_pad"),
-        *("pair_forces", "projection", "radial_basis", "readout", "segments"),
+        *("adam", "angular_basis", "bond_tables", "geometry", "huber", "magmom", "message", "neighbors"),
+        *("neighbors_pad", "pair_forces", "projection", "readout", "segments"),
     }
+    if readout == "direct":
+        used.add("central_pulls")
     assert used | ({"frames"} if choice == "resident" else set()) <= launched

@@ -21,6 +21,7 @@ from fastchgnet.train.batches import Batches, prefetch
 from fastchgnet.train.checkpoint import Progress, load_state, save_state
 from fastchgnet.train.log import RunLog, read_metrics
 from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
+from fastchgnet.train.parcel import Layout, send
 from fastchgnet.train.sampler import Strategy
 
 MINIMAL = {"data": {"train": "store"}, "train": {"out": "run"}}
@@ -191,6 +192,42 @@ def test_prefetch_raises_in_turn() -> None:
     assert [next(items), next(items)] == [2, 3]
     with pytest.raises(ZeroDivisionError):
         next(items)
+
+
+# what goes to a device
+
+
+def test_a_parcel_holds_tensors_as_they_are() -> None:
+    bits = torch.tensor([-1, 2**63 - 1, 0])
+    tensors = [
+        torch.tensor([[True, False, True]]),
+        bits,
+        bits.view(torch.float64),  # among them a NaN that must not become another
+        torch.tensor(7),
+        torch.zeros(0, 3),
+        torch.arange(6.0).view(3, 2).t(),
+        torch.tensor([0.5, math.inf], dtype=torch.float64),
+    ]
+    layout = Layout.of(tensors)
+    assert layout == Layout.of([t.clone() for t in tensors]) and hash(layout) == hash(Layout.of(tensors))
+    assert layout != Layout.of(tensors[::-1])
+    buffer = layout.packed(tensors, torch.device("cpu"))
+    found = layout.views(buffer)
+    for one, other in zip(found, tensors, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape and one.is_contiguous()
+        assert one.numpy().tobytes() == other.contiguous().numpy().tobytes()
+        assert one.untyped_storage().data_ptr() == buffer.data_ptr()
+        assert one.storage_offset() * one.itemsize % 16 == 0
+    # a step that is taken again must not write where the copy of the first may still read
+    assert layout.packed(tensors, torch.device("cpu")).data_ptr() != buffer.data_ptr()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_sent_arrives_in_its_shapes(device: str) -> None:
+    tensors = [torch.zeros(2, 3), torch.ones(5, dtype=torch.bool), torch.tensor(3)]
+    found = send(tensors, torch.device(device))
+    for one, other in zip(found, tensors, strict=True):
+        assert one.device.type == device and (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
 # schedule, averages, clipping

@@ -190,15 +190,10 @@ def _watch() -> None:
         counting.of_forces = range(first, _functions_so_far())
         return found
 
-    def sent(tensor: Tensor, device: Any) -> Tensor:
-        counting.kernels["inputs"]["aten::to from the host"] += 1
-        return tensor
-
     runtime.launch = counted_launch  # type: ignore[assignment]
     runtime.serves = lambda tensor: True
     runtime.current_precision = lambda: "fp32"  # rounding to tf32 would hide mistakes below 1e-3
     torch.autograd.grad = counted_grad
-    step.to_device = source.to_device = sent  # type: ignore[assignment, attr-defined]
     for place, name, part in PARTS:
         setattr(place, name, _labelled(getattr(place, name), part))
     step.Step.__call__ = _labelled(step.Step.__call__, "statistics")  # type: ignore[method-assign]
@@ -230,6 +225,11 @@ def _uncounted(function: Callable) -> Callable:
     return call
 
 
+class _Anything(set):
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
 def main(readout: str, n_frames: str, out: str) -> None:
     """Write what a step computes to a file, and print what was counted."""
     _watch()
@@ -240,7 +240,7 @@ def main(readout: str, n_frames: str, out: str) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         case = trainer_step(readout, int(n_frames), Path(folder), record=record)
-        case.steps._recorder._seen.add(case.work.room)  # as if such a step had been taken before
+        case.steps._recorder._seen = _Anything()  # as if such a step had been taken before
         case.take()
     torch.save(case.found(), out)
     assert counting.kernels.keys() <= set(ORDER)

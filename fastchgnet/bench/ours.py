@@ -20,6 +20,7 @@ from fastchgnet.graph import Batch, Systems
 from fastchgnet.potential import Potential
 from fastchgnet.prediction import predict
 from fastchgnet.published import load
+from fastchgnet.train.parcel import send
 from fastchgnet.train.setup import reproducible
 
 
@@ -59,7 +60,7 @@ def training(workload: Workload, readout: str, device: torch.device) -> Iterator
         def build() -> None:
             if device.type == "cuda":
                 (item,) = prepared.parts
-                trainer.take_step.source.make(item.tensors, prepared.room)
+                trainer.take_step.source.make(send(item, device), prepared.room)
             else:
                 trainer.potential.build_graph(systems)
 

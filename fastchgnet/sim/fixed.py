@@ -53,6 +53,11 @@ class FixedSystems:
         self._inverse = inverse_boxes(systems).to(potential.device)
         self._n_candidates = math.ceil((1 + _SPARE_CANDIDATES) * n_candidates(potential, systems))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the crystals are."""
+        return self._inverse.device
+
     def evaluate(self, position: Tensor, cell: Tensor) -> tuple[Output, Tensor]:
         """Evaluate the crystals at positions [A, 3] and cells [S, 3, 3], without asking the host.
 
@@ -101,7 +106,7 @@ class RecordedSystems:
 
     def __init__(self, fixed: FixedSystems, record: Record) -> None:
         self._fixed = fixed
-        self._recorder = Recorder(self._evaluate, record)
+        self._recorder = Recorder(self._evaluate, fixed.device, record)
         self._output: Output | None = None
 
     def evaluate(self, position: Tensor, cell: Tensor) -> Output | None:

@@ -28,6 +28,7 @@ from fastchgnet.train.batches import Batches, Division, prefetch, validation_bat
 from fastchgnet.train.checkpoint import Progress, save_state
 from fastchgnet.train.log import RunLog
 from fastchgnet.train.optim import Optimizer, learning_rate, step_sizes
+from fastchgnet.train.parcel import send
 from fastchgnet.train.ranks import ALONE, Ranks
 from fastchgnet.train.rooms import Room, frame_sizes
 from fastchgnet.train.setup import Frames, blank_potential, first_potential
@@ -208,8 +209,7 @@ class Trainer:
         for item, room in prefetch(self._prepare_val, batches):
             if stop.is_set():
                 break
-            item.wait()
-            made = self.val_source.make(item.tensors, room)
+            made = self.val_source.make(send(item, self.device), room)
             parts.append(tally(self.average(made.batch), made.labels, made.batch, self.config.loss.delta))
         with self.ranks.together():
             for part, positions in zip(parts, batches, strict=False):

@@ -1,7 +1,7 @@
 """Where the batches of a run come from: graphs made on the host, or frames whose graphs the device makes.
 
-A source prepares an item ahead of time, in a thread; the step then makes the batch from the tensors of the
-item, on the device and with shapes that the item's room alone decides.
+A source prepares an item ahead of time, on the host and in a thread; the step sends it to the device and
+makes the batch there, with shapes that the item's room alone decides.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fastchgnet.config import RunConfig
 from fastchgnet.data.store import Store
-from fastchgnet.device import to_device
 from fastchgnet.device_graph import SpareSystems, build_graph, spare_systems
 from fastchgnet.graph import Batch, Labels
+from fastchgnet.neighbors import build_graph as host_graph
 from fastchgnet.padding import pad_labels
 from fastchgnet.potential import Potential
 from fastchgnet.train.batches import Batches, Division, validation_batches
@@ -42,19 +42,8 @@ _RESIDENT_SHARE = 0.3
 logger = logging.getLogger(__name__)
 
 
-class Item(NamedTuple):
-    """What a part of a batch is made from, on the device."""
-
-    tensors: tuple[Tensor, ...]
-    arrived: torch.cuda.Event | None = None  # after which the tensors are there
-
-    def wait(self) -> None:
-        """Let what is launched from now on wait for the tensors; the host does not."""
-        if self.arrived is not None:
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self.arrived)
-            for tensor in self.tensors:
-                tensor.record_stream(stream)
+Item = tuple[Tensor, ...]
+"""What a part of a batch is made from, on the host."""
 
 
 class Made(NamedTuple):
@@ -75,7 +64,7 @@ class Source(Protocol):
         """Gather what a part with the frames at these positions is made from."""
 
     def make(self, tensors: Sequence[Tensor], room: Room | None) -> Made:
-        """Make the part, on the device and without the host waiting."""
+        """Make the part from its item, which is on the device by now; the host does not wait."""
 
     def plan(self, division: Division) -> None:
         """Expect batches that are divided in another way from now on."""
@@ -104,10 +93,10 @@ class HostGraphs:
         return None
 
     def prepare(self, positions: NDArray[np.int64], room: Room | None = None) -> Item:
-        """Build the graphs and send them to the device."""
+        """Build the graphs."""
         systems, labels = self.frames.gather(positions)
-        batch = self.potential.build_graph(systems)
-        return Item((*_tensors(batch), *_tensors(labels.to(self.potential.device))))
+        config = self.potential.config
+        return *_tensors(host_graph(systems, config.atom_cutoff, config.bond_cutoff)), *_tensors(labels)
 
     def make(self, tensors: Sequence[Tensor], room: Room | None) -> Made:
         """Put the tensors together again."""
@@ -120,13 +109,13 @@ class HostGraphs:
 
 
 class DeviceGraphs:
-    """Graphs built on the device in static shapes, from frames that live there or are sent to it.
+    """Graphs built on the device in static shapes, from frames that live there or go there batch by batch.
 
     Args:
         frames: frames of the run.
         potential: gives cutoffs and device.
         planning: batches to plan shapes for; a batch too large for them goes the way of `HostGraphs`.
-        resident: the frames on the device; None where they are sent batch by batch.
+        resident: the frames on the device; None where they go there batch by batch.
     """
 
     def __init__(
@@ -136,7 +125,6 @@ class DeviceGraphs:
         self.planning, self.rooms = planning, planning.rooms()
         self.resident = resident
         self.host = HostGraphs(frames, potential)
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.warned = False
 
     def room(self, parts: Parts) -> Room | None:
@@ -147,16 +135,10 @@ class DeviceGraphs:
         return room
 
     def prepare(self, positions: NDArray[np.int64], room: Room | None) -> Item:
-        """Send frames, or their numbers, to the device on a stream of their own."""
+        """Gather frames, or their numbers."""
         if room is None:
             return self.host.prepare(positions)
-        tensors = self._numbers(positions, room) if self.resident else self._frames(positions, room)
-        if self.stream is None:
-            return Item(tuple(to_device(t, self.device) for t in tensors))
-        # a thread begins on the first GPU, and going back to a stream there would take memory of it
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            sent = tuple(to_device(t, self.device) for t in tensors)
-            return Item(sent, self.stream.record_event())
+        return self._numbers(positions, room) if self.resident else self._frames(positions, room)
 
     def make(self, tensors: Sequence[Tensor], room: Room | None) -> Made:
         """Gather the frames, where they live on the device, and build their graphs."""
@@ -176,13 +158,13 @@ class DeviceGraphs:
         self.planning = self.planning._replace(division=division)
         self.rooms = self.planning.rooms()
 
-    def _numbers(self, positions: NDArray[np.int64], room: Room) -> tuple[Tensor, ...]:
+    def _numbers(self, positions: NDArray[np.int64], room: Room) -> Item:
         """Numbers of the frames in the store, -1 for the fillers."""
         numbers = torch.full((room.capacity.systems,), -1)
         numbers[: len(positions)] = torch.from_numpy(self.frames.indices[positions])
         return (numbers,)
 
-    def _frames(self, positions: NDArray[np.int64], room: Room) -> tuple[Tensor, ...]:
+    def _frames(self, positions: NDArray[np.int64], room: Room) -> Item:
         systems, labels = self.frames.gather(positions)
         capacity = room.capacity
         spare = spare_systems(systems, capacity.systems, capacity.atoms)
@@ -241,6 +223,6 @@ def _fits_device(store: Store, device: torch.device) -> bool:
     return n_bytes < _RESIDENT_SHARE * free
 
 
-def _tensors(record: Batch | Labels | SpareSystems) -> tuple[Tensor, ...]:
+def _tensors(record: Batch | Labels | SpareSystems) -> Item:
     """The fields of a dataclass, in their order."""
     return tuple(getattr(record, field.name) for field in dataclasses.fields(record))

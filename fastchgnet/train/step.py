@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastchgnet.config import LossConfig
-from fastchgnet.device import to_device
 from fastchgnet.errors import InputError, first_line
-from fastchgnet.loss import empty_tally, tally
+from fastchgnet.loss import TARGETS, empty_tally, tally
 from fastchgnet.ops.gpu.runtime import precision
 from fastchgnet.potential import Potential
 from fastchgnet.record import Record, Recorder
 from fastchgnet.train.batches import Division
 from fastchgnet.train.gradient import Gradient
 from fastchgnet.train.optim import Optimizer
+from fastchgnet.train.parcel import Layout, send
 from fastchgnet.train.ranks import ALONE, Ranks
 from fastchgnet.train.rooms import Room
 from fastchgnet.train.source import Item, Made, Source
@@ -29,33 +30,40 @@ logger = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
-    """What a step takes beside its batch, float64, on the device."""
+    """What a step takes beside its batch, float64."""
 
     by_sums: Tensor  # [3, 4] derivative of the loss by the sums over the whole batch, see `coefficients`
     sizes: Tensor  # [3] `fastchgnet.train.optim.step_sizes`
-    start: (
-        Tensor  # [5] what `Outcome` starts from: zeros, and whether this process wants to stop, and to save
-    )
-
-    def packed(self) -> Tensor:
-        """Put all behind each other, to be sent as one."""
-        return torch.cat([tensor.flatten() for tensor in self])
-
-    @classmethod
-    def unpacked(cls, packed: Tensor) -> Inputs:
-        """Undo `packed`."""
-        by_sums, sizes, start = packed.split([12, 3, len(Outcome._fields)])
-        return cls(by_sums.view(3, 4), sizes, start)
+    start: Tensor  # [8] `Outcome` before it
 
 
 class Outcome(NamedTuple):
     """What comes of a step, the same in all processes."""
 
-    loss: float
+    energy: float  # what each target adds to the loss
+    forces: float
+    stress: float
+    magmoms: float
     norm: float  # of the gradient
     n_unfit: float  # parts whose graphs were larger than planned
     n_stop: float  # processes that want to stop after it
     n_save: float  # and to save
+
+    @property
+    def loss(self) -> float:
+        """Loss of the batch."""
+        return self.energy + self.forces + self.stress + self.magmoms
+
+    @classmethod
+    def before(cls, n_parts: int, wishes: Tensor) -> Tensor:
+        """Return what a process starts from: none of its parts has shown that it fits.
+
+        Args:
+            n_parts: parts that it takes.
+            wishes: whether it wants to stop, and to save, [2] float64.
+        """
+        zeros = wishes.new_zeros(cls._fields.index("n_unfit"))
+        return torch.cat([zeros, wishes.new_full((1,), n_parts), wishes])
 
 
 class Step:
@@ -80,18 +88,18 @@ class Step:
 
         Args:
             parts: this process's share of the batch, as parts that are taken one after the other, or nothing.
-            inputs: what else it takes.
+            inputs: what else it takes, on the device.
 
         Returns:
             `Outcome`, as a tensor.
         """
-        numbers = self.gradient.numbers[: len(Outcome._fields)]
-        loss, norm, n_unfit, *_ = numbers.copy_(inputs.start).unbind()
+        numbers = self.gradient.numbers[: len(Outcome._fields)].copy_(inputs.start)
+        losses, (norm, n_unfit, *_) = numbers[: len(TARGETS)], numbers[len(TARGETS) :].unbind()
         for n, part in enumerate(parts):
             sums = tally(self.potential(part.batch), part.labels, part.batch, self.config.delta)
             self.sums.add_(sums)
-            loss.add_(torch.dot(sums.huber.detach(), inputs.by_sums[0]))
-            n_unfit.add_(~part.fits)
+            losses.addcmul_(sums.huber.detach(), inputs.by_sums[0])
+            n_unfit.add_(part.fits, alpha=-1)
             self.gradient.take(sums.sums, inputs.by_sums, add=n > 0, complete=n == len(parts) - 1)
         if not parts:
             self.gradient.take_nothing()
@@ -108,6 +116,13 @@ class Work(NamedTuple):
     room: Room | None
     by_sums: Tensor  # see `Inputs`, on the host
     division: Division
+
+
+class _Shapes(NamedTuple):
+    """What a recorded step goes by: shapes of the batch, and of what is sent for it."""
+
+    room: Room
+    layout: Layout
 
 
 class Together:
@@ -169,7 +184,7 @@ class Steps:
         self._halved = False
         if record is not None and self._ranks.count > 1:
             record = Together(record, self._ranks)
-        self._recorder = Recorder(self._in_room, record)
+        self._recorder = Recorder(self._in_room, step.potential.device, record)
 
     def close(self) -> None:
         """Drop all recordings and make no more: NCCL does not end its links while one of them is there."""
@@ -191,16 +206,14 @@ class Steps:
         Args:
             work: the batch.
             sizes: see `Inputs`, float64, on the host.
-            wishes: whether this process wants to stop, and to save, likewise.
+            wishes: see `Outcome.before`, likewise.
 
         Raises:
             InputError: it is too much for the memory.
         """
-        start = torch.cat([wishes.new_zeros(len(Outcome._fields) - len(wishes)), wishes])
-        inputs = to_device(Inputs(work.by_sums, sizes, start).packed(), self.step.potential.device)
         may_halve = not self._halved and self._ranks.count == 1 and len(work.positions) > 1
         try:
-            return self._run(work, inputs)
+            return self._run(work, sizes, wishes)
         except torch.OutOfMemoryError as error:
             if not may_halve:
                 raise InputError(
@@ -211,23 +224,25 @@ class Steps:
         self._halve(work)
         return self(work, sizes, wishes)
 
-    def _run(self, work: Work, inputs: Tensor) -> Tensor:
+    def _run(self, work: Work, sizes: Tensor, wishes: Tensor) -> Tensor:
         if work.division is not self.division:
             work = self.prepare(work.positions)  # it was prepared before the memory ran out
-        for part in work.parts:
-            part.wait()
+        inputs = Inputs(work.by_sums, sizes, Outcome.before(len(work.parts), wishes))
+        device = self.step.potential.device
         if work.room is None:
-            made = [self.source.make(part.tensors, None) for part in work.parts]
-            return self.step(made, Inputs.unpacked(inputs))
-        tensors = [tensor for part in work.parts for tensor in part.tensors]
-        return self._recorder(work.room, (inputs, *tensors))
+            made = [self.source.make(send(part, device), None) for part in work.parts]
+            return self.step(made, Inputs(*send(inputs, device)))
+        tensors = [*inputs, *itertools.chain.from_iterable(work.parts)]
+        layout = Layout.of(tensors)
+        return self._recorder(_Shapes(work.room, layout), [layout.packed(tensors, device)])
 
-    def _in_room(self, room: Room, given: Sequence[Tensor]) -> Tensor:
+    def _in_room(self, shapes: _Shapes, given: Sequence[Tensor]) -> Tensor:
         """Make the parts, each from as many tensors, and take the step."""
-        inputs, *tensors = given
-        size = len(tensors) // self.division.n_parts
-        parts = [tensors[n : n + size] for n in range(0, len(tensors), size)]
-        return self.step([self.source.make(part, room) for part in parts], Inputs.unpacked(inputs))
+        tensors = shapes.layout.views(given[0])
+        n_inputs, n_parts = len(Inputs._fields), self.division.n_parts
+        size = (len(tensors) - n_inputs) // n_parts
+        parts = [tensors[n : n + size] for n in range(n_inputs, len(tensors), size)]
+        return self.step([self.source.make(part, shapes.room) for part in parts], Inputs(*tensors[:n_inputs]))
 
     def _halve(self, work: Work) -> None:
         """Give up recordings and take each batch in twice as many parts."""

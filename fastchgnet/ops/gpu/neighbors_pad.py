@@ -122,6 +122,7 @@ def _atoms(raw, room, real, sums, out, row, ghosts):
     tl.store(out.atomic_number + row, number, mask=live)
     system = tl.minimum(real.systems + ghost, room.systems - 1)
     tl.store(out.atom_system + row, system, mask=live & (ghost >= 0))
+    tl.store(out.none_start + row, 0 * row, mask=row <= room.atoms)
     live = (row <= room.atoms) & (ghost >= 0)
     edges = 2 * _ceil(ghost * bonds, atoms)
     tl.store(out.atom_edge + row, 2 * (real.short_bonds + real.long_bonds) + edges, mask=live)
@@ -143,6 +144,9 @@ def _bonds(room, real, out, row, ghosts):
         along = (row * 0 + k == 0).to(tl.int64)
         tl.store(out.bond_image + row * 3 + k, along, mask=live)
         tl.store(out.bond_vector + row * 3 + k, _LENGTH * along.to(tl.float64), mask=live)
+    in_start = row <= room.short_bonds + room.long_bonds
+    tl.store(out.pair_start + row, 2 * row, mask=in_start)
+    tl.store(out.own_start + row, row, mask=in_start)
     live_short = live & is_short
     for k in tl.static_range(2):
         tl.store(out.bond_edge + row * 2 + k, edge + k, mask=live)
@@ -204,7 +208,7 @@ def pad_kernel(raw, room, sums, out, BLOCK: tl.constexpr):
     bonds = room.short_bonds + room.long_bonds
     if block == 0:
         tl.store(out.fits, fits)
-    lengths = (room.systems + 1, room.atoms + 1, bonds, 2 * bonds, 2 * room.short_bonds + 1, room.angles)
+    lengths = (room.systems + 1, room.atoms + 1, bonds + 1, 2 * bonds, 2 * room.short_bonds + 1, room.angles)
     for kind in tl.static_range(6):
         n_blocks = tl.cdiv(lengths[kind], BLOCK)
         if (block >= 0) & (block < n_blocks):
@@ -227,5 +231,5 @@ def pad_kernel(raw, room, sums, out, BLOCK: tl.constexpr):
 def n_blocks(room: Rooms, block: int) -> int:
     """Programs that the kernel needs."""
     bonds = room.short_bonds + room.long_bonds
-    lengths = room.systems + 1, room.atoms + 1, bonds, 2 * bonds, 2 * room.short_bonds + 1, room.angles
+    lengths = room.systems + 1, room.atoms + 1, bonds + 1, 2 * bonds, 2 * room.short_bonds + 1, room.angles
     return sum(-(-length // block) for length in lengths)

@@ -32,7 +32,7 @@ class RecordedSteps:
 
     def __init__(self, systems: FixedSystems, bath: Bath, step: Step, record: Record) -> None:
         self._systems, self._bath, self._step = systems, bath, step
-        self._recorder = Recorder(self._once, record)
+        self._recorder = Recorder(self._once, bath.kT.device, record)
         self._state: State | None = None
         self._is_sound = torch.ones((), dtype=torch.bool, device=bath.kT.device)
 
