@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from frames import labelled_frames
-from interpreted import DEVICE
+from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_loss import batch, labels, output  # noqa: F401, fixtures
 from torch import Tensor
 

@@ -36,6 +36,7 @@ from fastchgnet.ops.gpu.neighbors_pad import (
     Rooms,
     n_blocks,
     pad_kernel,
+    real_rows,
 )
 from fastchgnet.ops.gpu.neighbors_search import (
     candidates,
@@ -200,10 +201,12 @@ def _fill_angles(room, out, atom, first, degree, angle_0, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _join_kernel(room, sums, out, BLOCK: tl.constexpr):
+def _join_kernel(raw, room, sums, out, BLOCK: tl.constexpr):
     n_bonds = room.short_bonds + room.long_bonds
     edge = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.minimum(tl.load(sums + EDGE * room.atoms + room.atoms - 1), 2 * n_bonds)
+    # none where they do not fit: edges without a reverse would be joined with those of other programs
+    real, _ = real_rows(raw, room, sums)
+    total = 2 * (real.short_bonds + real.long_bonds)
     live = edge < total
     center = tl.load(out.edge_center + edge, mask=live, other=0)
     neighbor = tl.load(out.edge_neighbor + edge, mask=live, other=0)
@@ -266,7 +269,7 @@ def build_graph(
     sums = counts.cumsum(1)
     runtime.launch(_fill_kernel, capacity.atoms, device, raw, room, sums, out, **options)
     n_tiles = triton.cdiv(2 * capacity.bonds, BLOCK)
-    runtime.launch(_join_kernel, n_tiles, device, room, sums, out, BLOCK=BLOCK, num_warps=WARPS)
+    runtime.launch(_join_kernel, n_tiles, device, raw, room, sums, out, BLOCK=BLOCK, num_warps=WARPS)
     runtime.launch(
         pad_kernel,
         n_blocks(room, 2 * BLOCK),

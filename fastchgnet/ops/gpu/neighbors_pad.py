@@ -48,7 +48,7 @@ def _total(sums, kind, room):
 
 
 @triton.jit
-def _real(raw, room, sums):
+def real_rows(raw, room, sums):
     """Real rows of each kind, none where they do not fit, and whether they do."""
     systems, atoms = tl.load(raw.n_systems), tl.load(raw.start + room.systems)
     short, long = _total(sums, SHORT_BOND, room), _total(sums, LONG_BOND, room)
@@ -192,7 +192,7 @@ def _angles(room, real, out, row, ghosts):
 @triton.jit
 def pad_kernel(raw, room, sums, out, BLOCK: tl.constexpr):
     """Write the fillers, and systems and atoms altogether."""
-    real, fits = _real(raw, room, sums)
+    real, fits = real_rows(raw, room, sums)
     ghosts = (
         room.atoms - real.atoms,
         room.short_bonds + room.long_bonds - real.short_bonds - real.long_bonds,
