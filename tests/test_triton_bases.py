@@ -87,6 +87,11 @@ def test_envelope(n_rows: int) -> None:
     torch.testing.assert_close(found, envelope._forward(distance.double(), 6.0, 8).float(), rtol=0, atol=1e-6)
 
 
+def test_the_envelope_of_no_number_is_none() -> None:
+    distance = torch.tensor([1.0, torch.nan, 7.0], device=DEVICE)
+    assert gpu_radial_basis.envelope(distance, 6.0, 8).isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("n_edges", [(), (1,), (2,), (3, 0, 1, 4), (9, 5, 0, 6)], ids=str)
 @pytest.mark.parametrize("n_functions", [31, 9])
 @pytest.mark.parametrize("kind", ["fourier", "chebyshev"])

@@ -30,6 +30,12 @@ def _power(x, N: tl.constexpr):
 
 
 @triton.jit
+def _fraction(r, cutoff):
+    """Return xi; a distance that is not a number stays none."""
+    return tl.minimum(tl.div_rn(r, cutoff), 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _envelope(xi, P: tl.constexpr):
     series = xi * 0 + P * (P + 1) / 2
     for step in tl.static_range(P - 1):
@@ -59,7 +65,7 @@ def _rows(distance, frequency, n_rows, cutoff, R: tl.constexpr, BLOCK: tl.conste
     live = row < n_rows
     column = tl.arange(0, triton.next_power_of_2(R))
     r = tl.load(distance + row, mask=live, other=1.0)
-    xi = tl.minimum(tl.div_rn(r, cutoff), 1.0)
+    xi = _fraction(r, cutoff)
     f = tl.load(frequency + column, mask=column < R, other=0.0)
     at = row[:, None] * R + column[None, :]
     return row, live, r, xi, f, at, live[:, None] & (column < R)[None, :]
@@ -142,8 +148,8 @@ def _second_kernel(
 @triton.jit(do_not_specialize=["n_rows"])
 def _envelope_kernel(distance, out, cutoff, n_rows, P: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    xi = tl.div_rn(tl.load(distance + row, mask=row < n_rows, other=0.0), cutoff)
-    tl.store(out + row, _envelope(tl.minimum(xi, 1.0), P), mask=row < n_rows)
+    xi = _fraction(tl.load(distance + row, mask=row < n_rows, other=0.0), cutoff)
+    tl.store(out + row, _envelope(xi, P), mask=row < n_rows)
 
 
 def envelope(distance: Tensor, cutoff: float, p: int) -> Tensor:
