@@ -78,5 +78,6 @@ class Compiler:
         made = kernel.warmup(*args, grid=(grid,), **options)
         row = {"name": kernel.__name__, "capability": self.capability, **self.case, **resources(made)}
         row["fused"] = "fma.rn.f64" in made.asm["ptx"]
+        row["hash"] = made.hash
         if row not in self.found:
             self.found.append(row)

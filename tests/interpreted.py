@@ -22,6 +22,8 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
+from watched import ANY_NUMBER, watch  # noqa: E402, Triton decides at its import whether it interprets
+
 
 def _mend() -> None:
     """Work around what the interpreters of triton 3.6 and 3.7 do wrong, and compilers do right."""
@@ -45,15 +47,22 @@ def _mend() -> None:
 
 if DEVICE == "cpu":
     _mend()
+    watch()
 
 
 @pytest.fixture(autouse=True)
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let whatever a kernel forgets to write be seen."""
-    new_empty = Tensor.new_empty
 
-    def filled(self: Tensor, *size: Any, **options: Any) -> Tensor:
-        made = new_empty(self, *size, **options)
-        return made.fill_(math.nan) if made.is_floating_point() else made
+    def spoil(owner: Any, name: str) -> None:
+        make = getattr(owner, name)
 
-    monkeypatch.setattr(Tensor, "new_empty", filled)
+        def filled(*args: Any, **options: Any) -> Tensor:
+            made = make(*args, **options)
+            return made.copy_(torch.tensor(math.nan if made.is_floating_point() else ANY_NUMBER))
+
+        monkeypatch.setattr(owner, name, filled)
+
+    spoil(torch, "empty")
+    spoil(torch, "empty_like")
+    spoil(Tensor, "new_empty")

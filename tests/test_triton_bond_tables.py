@@ -112,3 +112,10 @@ def test_what_does_not_fit_is_left_to_pytorch(n_radial: int, width: int) -> None
     given = arguments(5, 7, 1, n_radial, width=width)
     assert not kernels.fits(given)
     check(given, draw(given))
+
+
+def test_a_length_that_is_not_a_number_shows() -> None:
+    given = arguments(1, 2)._replace(distance=torch.tensor([[1.0], [torch.nan], [7.0]]))
+    _, of_all, of_long, *_ = kernels.forward(*moved(given, torch.float32, DEVICE))
+    assert of_all.isnan().all(1).tolist() == [False, True, False]
+    assert of_long.isnan().all(1).tolist() == [True, False]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE
+from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_ops_message import KINDS, arguments, detached, flat, index
 from torch import Tensor
 
@@ -36,24 +35,6 @@ SOME = (
     (True, True, False, True, False, True),
     (True, False, False, False, True, False),
 )
-
-
-@pytest.fixture(autouse=True)
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let whatever a kernel forgets to write be seen."""
-
-    def spoil(owner: Any, name: str) -> None:
-        make = getattr(owner, name)
-
-        def filled(*args: Any, **options: Any) -> Tensor:
-            made = make(*args, **options)
-            return made.fill_(math.nan) if made.is_floating_point() else made
-
-        monkeypatch.setattr(owner, name, filled)
-
-    spoil(torch, "empty")
-    spoil(torch, "empty_like")
-    spoil(Tensor, "new_empty")
 
 
 def inputs_of(kind: str, n_rows: int) -> list[Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import interpreted
 import pytest
 import torch
 from crystals import crystals
+from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_device_graph import CASES, SPARE, candidates
 from test_padding import plus
 
@@ -34,7 +34,7 @@ def assert_equal(found: Batch, expected: Batch) -> None:
 
 def both(raw: SpareSystems, capacity: Capacity) -> tuple[tuple[Batch, torch.Tensor], ...]:
     """What PyTorch on the CPU and Triton make of the same crystals."""
-    there = raw.to(interpreted.DEVICE)
+    there = raw.to(DEVICE)
     return (
         build_graph(raw, *CUTOFFS, capacity, candidates(raw, CUTOFFS[0]) + 1),
         gpu_neighbors.build_graph(there.position, there, *CUTOFFS, capacity),

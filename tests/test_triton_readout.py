@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE
+from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_ops_readout import arguments
 from torch import Tensor
 
@@ -19,17 +18,6 @@ from fastchgnet.ops.gpu import runtime
 # Relative to the length of each result, against float64: a few roundings of 6e-8, times what norms of
 # single rows and three layers make of them.
 FP32 = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let whatever a kernel forgets to write be seen."""
-    new_empty = Tensor.new_empty
-
-    def filled(self: Tensor, *size: Any, **options: Any) -> Tensor:
-        return new_empty(self, *size, **options).fill_(math.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", filled)
 
 
 def inputs_of(n_rows: int, n_layers: int, has_norm: bool, d: int = 16) -> tuple[Any, ...]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE
+from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_ops_message import index
 from torch import Tensor
 
@@ -15,18 +14,6 @@ from fastchgnet.graph import Index
 from fastchgnet.ops import segments
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.gpu import segments as gpu_segments
-
-
-@pytest.fixture(autouse=True)
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let whatever a kernel forgets to write be seen."""
-    new_empty = Tensor.new_empty
-
-    def filled(*args: Any, **options: Any) -> Tensor:
-        found = new_empty(*args, **options)
-        return found.fill_(math.nan) if found.is_floating_point() else found
-
-    monkeypatch.setattr(Tensor, "new_empty", filled)
 
 
 def made(segment: Tensor, n: int, is_sorted: bool) -> Index:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from frames import labelled_frames
-from interpreted import DEVICE
+from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
 from test_loss import batch, labels, output  # noqa: F401, fixtures
 from torch import Tensor
 
@@ -92,3 +92,10 @@ def test_moves(n: int, clip_norm: float | None) -> None:
         # the same operations in float32, fused or not
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         assert not torch.equal(found, before)
+
+
+def test_a_norm_that_is_not_a_number_leaves_no_weight_one() -> None:
+    # nobody goes on with weights of which some have taken a step and others have not
+    buffers = [torch.rand(8, device=DEVICE) for _ in range(5)]
+    gpu_adam.move(*buffers, torch.tensor(NAN, device=DEVICE), torch.ones(3, device=DEVICE), 1.0)
+    assert all(buffer.isnan().all() for buffer in buffers[1:])

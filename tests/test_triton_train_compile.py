@@ -22,6 +22,9 @@ def test_kernels_compile_without_spills_and_fused_operations() -> None:
         assert kernel["spilled"] == kernel["local"] == 0, kernel
         # distances must be the same bits on every device
         assert kernel["name"] not in GRAPH_KERNELS or not kernel["fused"], kernel
+    # a simulation's room is its own: kernels must not be compiled for what numbers are divisible by
+    graphs = [(k["name"], k["capability"]) for k in kernels if k["name"] in GRAPH_KERNELS]
+    assert len(graphs) == len(set(graphs))
 
 
 def _compile_all() -> list[dict[str, Any]]:
@@ -51,6 +54,8 @@ def _call_all() -> None:
     numbers = torch.zeros(capacity.systems, dtype=torch.int64)
     systems, labels = gpu_frames.gather(numbers, arrays, capacity.atoms)
     batch, _ = gpu_neighbors.build_graph(systems.position, systems, 6.0, 3.0, capacity)
+    other = Capacity(capacity.systems, 16, 1, 17, 1)
+    gpu_neighbors.build_graph(systems.position, systems, 6.0, 3.0, other)
     known = (labels.energy, labels.forces, labels.stress, labels.magmoms)
     given = (*known, *known, batch.n_atoms, batch.volume, 0.1)
     gpu_huber.forward(*given)

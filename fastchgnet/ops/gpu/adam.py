@@ -35,7 +35,7 @@ def _adam_kernel(
     g, w, a = tl.load(gradient + at, live), tl.load(weights + at, live), tl.load(average + at, live)
     m, s = tl.load(mean + at, live), tl.load(square + at, live)
     if CLIP is not None:
-        g *= tl.minimum(CLIP / (tl.load(norm) + 1e-6), 1.0)
+        g *= tl.minimum(CLIP / (tl.load(norm) + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
     m += (1 - BETA_MEAN) * (g - m)
     s = BETA_SQUARE * s + (1 - BETA_SQUARE) * g * g
     size, variance, follow = tl.load(sizes), tl.load(sizes + 1), tl.load(sizes + 2)

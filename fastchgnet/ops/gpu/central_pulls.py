@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastchgnet.ops import central_pulls
 from fastchgnet.ops.gpu import runtime
-from fastchgnet.ops.gpu.radial_basis import envelope
+from fastchgnet.ops.gpu.radial_basis import envelope, fraction
 from fastchgnet.ops.gpu.segments import shares, sum_all
 from fastchgnet.ops.gpu.tiles import read, vector, write
 
@@ -35,7 +35,7 @@ def _bond(table, tile, n_rows, cutoff, P: tl.constexpr, BLOCK: tl.constexpr):
     z = tl.load(table + row * 3 + 2, mask=live, other=0.0)
     r = tl.sqrt_rn(x * x + y * y + z * z)
     unit = tl.div_rn(x, r), tl.div_rn(y, r), tl.div_rn(z, r)
-    return row, live, unit, envelope(tl.minimum(tl.div_rn(r, cutoff), 1.0), P)
+    return row, live, unit, envelope(fraction(r, cutoff), P)
 
 
 @triton.jit(do_not_specialize=["n_rows"])

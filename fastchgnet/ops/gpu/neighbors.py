@@ -36,6 +36,7 @@ from fastchgnet.ops.gpu.neighbors_pad import (
     Rooms,
     n_blocks,
     pad_kernel,
+    real_rows,
 )
 from fastchgnet.ops.gpu.neighbors_search import (
     candidates,
@@ -56,10 +57,14 @@ _MASK = tl.constexpr(1023)
 _SEARCHES = tl.constexpr(16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=Rooms._fields)
 def _count_kernel(
     raw,
-    room,
+    systems,
+    atoms,
+    short_bonds,
+    long_bonds,
+    angles,
     counts,
     CUTOFF: tl.constexpr,
     CUTOFF_2: tl.constexpr,
@@ -67,6 +72,7 @@ def _count_kernel(
     SYSTEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    room = Rooms(systems, atoms, short_bonds, long_bonds, angles)
     atom = tl.program_id(0).to(tl.int64)
     system, first_atom, n_atoms = place_of(raw, atom, room, SYSTEMS)
     lattice = lattice_of(raw, system, CUTOFF)
@@ -102,10 +108,14 @@ def _before(sums, kind, atom, room):
     return tl.load(sums + kind * room.atoms + atom - 1, mask=atom > 0, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=Rooms._fields)
 def _fill_kernel(
     raw,
-    room,
+    systems,
+    atoms,
+    short_bonds,
+    long_bonds,
+    angles,
     sums,
     out,
     CUTOFF: tl.constexpr,
@@ -114,6 +124,7 @@ def _fill_kernel(
     SYSTEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    room = Rooms(systems, atoms, short_bonds, long_bonds, angles)
     atom = tl.program_id(0).to(tl.int64)
     system, first_atom, n_atoms = place_of(raw, atom, room, SYSTEMS)
     lattice = lattice_of(raw, system, CUTOFF)
@@ -199,11 +210,14 @@ def _fill_angles(room, out, atom, first, degree, angle_0, BLOCK: tl.constexpr):
         done += BLOCK
 
 
-@triton.jit
-def _join_kernel(room, sums, out, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=Rooms._fields)
+def _join_kernel(raw, systems, atoms, short_bonds, long_bonds, angles, sums, out, BLOCK: tl.constexpr):
+    room = Rooms(systems, atoms, short_bonds, long_bonds, angles)
     n_bonds = room.short_bonds + room.long_bonds
     edge = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.minimum(tl.load(sums + EDGE * room.atoms + room.atoms - 1), 2 * n_bonds)
+    # none where they do not fit: edges without a reverse would be joined with those of other programs
+    real, _ = real_rows(raw, room, sums)
+    total = 2 * (real.short_bonds + real.long_bonds)
     live = edge < total
     center = tl.load(out.edge_center + edge, mask=live, other=0)
     neighbor = tl.load(out.edge_neighbor + edge, mask=live, other=0)
@@ -250,7 +264,6 @@ def build_graph(
     """See `fastchgnet.device_graph.build_graph`; there is no room for candidates to run out of."""
     device = position.device
     raw = Raw(*(getattr(systems, name).contiguous() for name in Raw._fields))
-    room = Rooms(*capacity)
     out = _empty(capacity, device)
     counts = torch.empty(N_COUNTS, capacity.atoms, dtype=torch.int64, device=device)
     options = {
@@ -262,17 +275,17 @@ def build_graph(
         "num_warps": WARPS,
         "enable_fp_fusion": False,
     }
-    runtime.launch(_count_kernel, capacity.atoms, device, raw, room, counts, **options)
+    runtime.launch(_count_kernel, capacity.atoms, device, raw, *capacity, counts, **options)
     sums = counts.cumsum(1)
-    runtime.launch(_fill_kernel, capacity.atoms, device, raw, room, sums, out, **options)
+    runtime.launch(_fill_kernel, capacity.atoms, device, raw, *capacity, sums, out, **options)
     n_tiles = triton.cdiv(2 * capacity.bonds, BLOCK)
-    runtime.launch(_join_kernel, n_tiles, device, room, sums, out, BLOCK=BLOCK, num_warps=WARPS)
+    runtime.launch(_join_kernel, n_tiles, device, raw, *capacity, sums, out, BLOCK=BLOCK, num_warps=WARPS)
     runtime.launch(
         pad_kernel,
-        n_blocks(room, 2 * BLOCK),
+        n_blocks(capacity, 2 * BLOCK),
         device,
         raw,
-        room,
+        *capacity,
         sums,
         out,
         BLOCK=2 * BLOCK,

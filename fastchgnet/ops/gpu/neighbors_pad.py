@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastchgnet.padding import GHOST_ATOM, GHOST_LENGTH
+from fastchgnet.padding import GHOST_ATOM, GHOST_LENGTH, Capacity
 
 EDGE, SHORT_EDGE, SHORT_BOND, LONG_BOND, ANGLE = (tl.constexpr(kind) for kind in range(5))
 """Rows of the sums over atoms."""
@@ -33,7 +33,10 @@ class Raw(NamedTuple):
 
 
 class Rooms(NamedTuple):
-    """The capacity: what the kernels must not write beyond."""
+    """The capacity: what the kernels must not write beyond.
+
+    Kernels put it together: in a tuple that they are given, every new number could be compiled for.
+    """
 
     systems: Any
     atoms: Any
@@ -48,7 +51,7 @@ def _total(sums, kind, room):
 
 
 @triton.jit
-def _real(raw, room, sums):
+def real_rows(raw, room, sums):
     """Real rows of each kind, none where they do not fit, and whether they do."""
     systems, atoms = tl.load(raw.n_systems), tl.load(raw.start + room.systems)
     short, long = _total(sums, SHORT_BOND, room), _total(sums, LONG_BOND, room)
@@ -193,10 +196,11 @@ def _angles(room, real, out, row, ghosts):
     tl.store(out.angle_reverse + row, row, mask=live)
 
 
-@triton.jit
-def pad_kernel(raw, room, sums, out, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=Rooms._fields)
+def pad_kernel(raw, systems, atoms, short_bonds, long_bonds, angles, sums, out, BLOCK: tl.constexpr):
     """Write the fillers, and systems and atoms altogether."""
-    real, fits = _real(raw, room, sums)
+    room = Rooms(systems, atoms, short_bonds, long_bonds, angles)
+    real, fits = real_rows(raw, room, sums)
     ghosts = (
         room.atoms - real.atoms,
         room.short_bonds + room.long_bonds - real.short_bonds - real.long_bonds,
@@ -228,8 +232,8 @@ def pad_kernel(raw, room, sums, out, BLOCK: tl.constexpr):
         block -= n_blocks
 
 
-def n_blocks(room: Rooms, block: int) -> int:
+def n_blocks(room: Capacity, block: int) -> int:
     """Programs that the kernel needs."""
-    bonds = room.short_bonds + room.long_bonds
+    bonds = room.bonds
     lengths = room.systems + 1, room.atoms + 1, bonds + 1, 2 * bonds, 2 * room.short_bonds + 1, room.angles
     return sum(-(-length // block) for length in lengths)

@@ -18,6 +18,12 @@ def _power(x, N: tl.constexpr):
 
 
 @triton.jit
+def fraction(r, cutoff):
+    """Return xi; a distance that is not a number stays none."""
+    return tl.minimum(tl.div_rn(r, cutoff), 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def envelope(xi, P: tl.constexpr):
     series = xi * 0 + P * (P + 1) / 2
     for step in tl.static_range(P - 1):
@@ -43,7 +49,7 @@ def amplitudes(r, xi, cutoff, scale, P: tl.constexpr):
 @triton.jit
 def waves(r, frequency, cutoff, R: tl.constexpr, COLUMNS: tl.constexpr):
     """Return xi of rows, w of the functions, and sines and cosines [rows, COLUMNS]."""
-    xi = tl.minimum(tl.div_rn(r, cutoff), 1.0)
+    xi = fraction(r, cutoff)
     column = tl.arange(0, COLUMNS)
     f = tl.load(frequency + column, mask=column < R, other=0.0)
     sine, cosine = sine_and_cosine(xi[:, None] * f[None, :])
