@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -48,6 +51,17 @@ def _mend() -> None:
 if DEVICE == "cpu":
     _mend()
     watch()
+
+
+@contextmanager
+def without_syncs() -> Iterator[None]:
+    """Let what makes the host wait for the GPU fail inside."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        torch.cuda.set_sync_debug_mode("error")  # warns that it does not find everything
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
+from interpreted import DEVICE, nan_filled, without_syncs  # noqa: F401, a fixture for every test here
 from test_ops_message import KINDS, arguments, detached, flat, index
 from torch import Tensor
 
@@ -265,15 +265,12 @@ def test_launches_are_few_whatever_the_rows(
 def test_results_repeat_bit_for_bit_in_a_graph(kind: str) -> None:
     inputs = inputs_of(kind, 5000)
     grad, cotangents = drawn(inputs, ALL)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_syncs():
         expected = levels(BODIES, inputs, grad, cotangents)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = levels(BODIES, inputs, grad, cotangents)
         graph.replay()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE, nan_filled  # noqa: F401, a fixture for every test here
+from interpreted import DEVICE, nan_filled, without_syncs  # noqa: F401, a fixture for every test here
 from test_ops_readout import arguments
 from torch import Tensor
 
@@ -104,15 +104,12 @@ def test_one_launch_each_whatever_the_rows(n_rows: int, monkeypatch: pytest.Monk
 def test_results_repeat_bit_for_bit_in_a_graph() -> None:
     inputs = inputs_of(2000, 3, True, 64)
     grads = drawn(inputs[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_syncs():
         expected = levels(gpu_readout, inputs, grads)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = levels(gpu_readout, inputs, grads)
         graph.replay()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
