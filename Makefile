@@ -25,8 +25,8 @@ train: $(VENV)/installed-plot ## train and evaluate on the example set; report a
 	$(BIN)/fastchgnet evaluate $(EXAMPLE)/model/best.safetensors $(EXAMPLE)/store --split test --out $(EXAMPLE)/report
 	@echo "Report: $(EXAMPLE)/report/report.html. The labels are predictions of chgnet-0.3.0, not DFT."
 
-test: lint ## lint, types and tests
-	$(BIN)/pytest
+test: lint ## lint, types and tests, in two processes
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-torchsim: $(TORCHSIM)/installed ## tests of the TorchSim interface; needs Python >= 3.12
 	$(TORCHSIM)/bin/pytest tests/torchsim

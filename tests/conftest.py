@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # threads of processes side by side would wait for each other; before anything imports PyTorch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def shared_data() -> Path:
     """Find the folder of real DFT data beside the repository; skip the test where there is none."""

@@ -28,6 +28,30 @@ pytest.importorskip("triton")
 from watched import ANY_NUMBER, watch  # noqa: E402, Triton decides at its import whether it interprets
 
 
+def _patch_once() -> None:
+    """Patch the language once for the functions of a module that a launch calls, not for every call of one.
+
+    Each time looks at all that the language has, which took half the time of a kernel of many functions.
+    """
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set[int]()
+
+    class Scope(interpreter._LangPatchScope):
+        def restore(self) -> None:  # at the end of a launch
+            super().restore()
+            patched.clear()
+
+    def patch_once(function: Any) -> Scope:
+        module = id(function.__globals__)
+        if module in patched:
+            return Scope()
+        patched.add(module)
+        return patch(function)
+
+    interpreter._patch_lang, interpreter._LangPatchScope = patch_once, Scope
+
+
 def _mend() -> None:
     """Work around what the interpreters of triton 3.6 and 3.7 do wrong, and compilers do right."""
     from triton import language
@@ -46,6 +70,7 @@ def _mend() -> None:
         return to_tensor(self, x.value if isinstance(x, language.constexpr) else x, *args, **options)
 
     interpreter._patch_lang_tensor, TritonSemantic.to_tensor = patch_index_too, unwrap
+    _patch_once()
 
 
 if DEVICE == "cpu":

@@ -34,6 +34,9 @@ from fastchgnet.train.setup import Frames
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are for POSIX")
 
+PATIENCE = 9
+"""Seconds that a process waits for a missing one; on a busy machine they come seconds after each other."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -96,10 +99,10 @@ def test_the_gradient_is_that_of_one_process(folder: Path, tmp_path: Path) -> No
 
 def test_losses_do_not_depend_on_the_number_of_processes(folder: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    batches = [rng.permutation(30)[:4] for _ in range(20)]
+    batches = [rng.permutation(30)[:4] for _ in range(8)]
     config = configure(folder, tmp_path / "run")
     expected = ranks.steps(ranks.trainer_for(config), batches)["losses"]
-    assert len(set(expected)) == 20
+    assert len(set(expected)) == 8
     for count in (2, 3):
         (found,) = taken(count, [(config, batches)], tmp_path)
         np.testing.assert_allclose(found["losses"], expected, rtol=1e-8)
@@ -147,10 +150,10 @@ def losses(out: Path) -> list[float]:
     return [row[kind]["loss"] for row in read_metrics(out) for kind in ("train", "val")]
 
 
-def wait_for_states(out: Path, pattern: str = "step-*[3-9].safetensors") -> None:
+def wait_for_states(out: Path, *processes: subprocess.Popen) -> None:
     deadline = time.monotonic() + ranks.SECONDS
-    while not list((out / "state").glob(pattern)):
-        assert time.monotonic() < deadline
+    while not list((out / "state").glob("step-*[3-9].safetensors")):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.002)
 
 
@@ -182,7 +185,7 @@ def test_a_killed_process_costs_the_work_since_the_last_state(
     out = tmp_path / "run"
     path = write(folder, out, train={"checkpoint_minutes": 1e-6, "timeout_minutes": 0.5})
     processes = ranks.start([["-m", "fastchgnet", "train", str(path)]] * 2)
-    wait_for_states(out)
+    wait_for_states(out, *processes)
     processes[victim].kill()
     status, _, text = ranks.finish(processes)[1 - victim]
     assert status == 2 and text.splitlines()[-1].startswith("error: ")
@@ -199,9 +202,11 @@ def test_a_killed_process_costs_the_work_since_the_last_state(
 @pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_process_that_hangs_is_named(folder: Path, tmp_path: Path, victim: int) -> None:
     out = tmp_path / "run"
-    path = write(folder, out, train={"checkpoint_minutes": 1e-6, "timeout_minutes": 0.05, "epochs": 300})
+    path = write(
+        folder, out, train={"checkpoint_minutes": 1e-6, "timeout_minutes": PATIENCE / 60, "epochs": 300}
+    )
     processes = ranks.start([["-m", "fastchgnet", "train", str(path)]] * 3)
-    wait_for_states(out)
+    wait_for_states(out, *processes)
     hung = processes.pop(victim)
     hung.send_signal(signal.SIGSTOP)
     ended = [process.communicate(timeout=ranks.SECONDS) for process in processes]
@@ -211,7 +216,7 @@ def test_a_process_that_hangs_is_named(folder: Path, tmp_path: Path, victim: int
     lines = [line for _, text in ended for line in text.splitlines() if line.startswith("error: ")]
     if victim:
         (line,) = lines
-        assert f"rank 2 (process {hung.pid} on " in line and "did not come within 3 s" in line
+        assert f"rank 2 (process {hung.pid} on " in line and f"did not come within {PATIENCE} s" in line
     else:  # it keeps the store, so the others cannot agree on who prints
         assert len(lines) == 2 and all("no answer from rank 0 (" in line for line in lines)
     assert load_state(out / "state") is not None
@@ -224,7 +229,7 @@ def test_stopping_by_a_signal_to_one_process_stops_all(
     out = tmp_path / "run"
     path = write(folder, out, train={"checkpoint_minutes": 1e-6})
     processes = ranks.start([["-m", "fastchgnet", "train", str(path)]] * 2)
-    wait_for_states(out)
+    wait_for_states(out, *processes)
     for _ in range(3):
         processes[1].send_signal(signal.SIGTERM)
     ended = ranks.finish(processes)
@@ -236,13 +241,13 @@ def test_stopping_by_a_signal_to_one_process_stops_all(
 
 @pytest.mark.parametrize("absent", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_process_that_does_not_come_is_named(folder: Path, tmp_path: Path, absent: int) -> None:
-    path = write(folder, tmp_path / "run", train={"timeout_minutes": 0.05})
+    path = write(folder, tmp_path / "run", train={"timeout_minutes": PATIENCE / 60})
     commands = [["-m", "fastchgnet", "train", str(path)] for _ in range(3)]
     commands[absent] = ["-c", "pass"]
     ended = ranks.finish(ranks.start(commands))
     assert [status for status, *_ in ended] == [2 * (number != absent) for number in range(3)], ended
     text = "".join(text for *_, text in ended)
-    assert f"error: rank {absent} had not come to the start of the run when 3 s had passed" in text
+    assert f"error: rank {absent} had not come to the start of the run when {PATIENCE} s had passed" in text
     assert "Traceback" not in text
 
 
@@ -310,7 +315,7 @@ def test_the_launcher_restarts_what_was_killed(folder: Path, straight: list[floa
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    wait_for_states(out)
+    wait_for_states(out, process)
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "fastchgnet"], capture_output=True, text=True
     )

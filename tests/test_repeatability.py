@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from crystals import CONSERVATIVE, OLD, PAIR, SMOOTH, crystals, potential
@@ -15,6 +17,15 @@ from fastchgnet.ops.cpu import native
 
 # several pieces of the PyTorch bodies and several threads of the compiled ones
 CRYSTALS = [atoms.repeat((2, 2, 2)) for atoms in crystals()]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Give PyTorch two threads also where tests run side by side, with one each."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 def loss_and_gradients(config: ModelConfig, device: str = "cpu") -> list[Tensor]:
@@ -36,6 +47,7 @@ def loss_and_gradients(config: ModelConfig, device: str = "cpu") -> list[Tensor]
 
 @pytest.mark.parametrize("config", [CONSERVATIVE, PAIR])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.usefixtures("two_threads")
 def test_a_step_repeats_bit_for_bit(config: ModelConfig, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -44,9 +56,12 @@ def test_a_step_repeats_bit_for_bit(config: ModelConfig, device: str) -> None:
 
 
 @pytest.mark.parametrize("config", [CONSERVATIVE, PAIR, SMOOTH, OLD])
-def test_compiled_and_pytorch_bodies_train_alike(config: ModelConfig) -> None:
+def test_compiled_and_pytorch_bodies_train_alike(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if native.library() is None:
         pytest.skip("no C++ compiler")
+    monkeypatch.setattr(native, "n_threads", lambda _: 2)
     compiled = loss_and_gradients(config)
     with native.disabled():
         expected = loss_and_gradients(config)
