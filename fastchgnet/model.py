@@ -209,6 +209,7 @@ class Features(NamedTuple):
 
     site_energy: Tensor  # [A] eV, without reference energies
     magmoms: Tensor  # [A] mu_B
+    atom_before_AD: Tensor  # before the last convolution; what moments are read from
     atom_AD: Tensor
     projected: Projected  # for the head
 
@@ -259,11 +260,11 @@ class CHGNet(nn.Module):
             bonds = self._update_bonds(t + 1, bonds, sent, graph, projected, head)
             if t < len(self.angle_updates):
                 angle_TD = Shared(self.angle_updates[t](projected, angle_TD, graph.angles))
-        moments = magmoms(atom_AD, self.magmom)
+        before_AD, moments = atom_AD, magmoms(atom_AD, self.magmom)
         sum_AD = self.atom_convs[-1](projected, weights.atom_UD, graph.edges)
         atom_AD = self._update_atoms(N_BLOCKS, atom_AD, sum_AD, projected, head)
         site_energy = readout(atom_AD, self.readout_norm, self.readout)
-        return Features(site_energy, moments, atom_AD, projected)
+        return Features(site_energy, moments, before_AD, atom_AD, projected)
 
     def _embed(
         self, batch: Batch, bond_vector: Tensor, graph: Graph, head: Head | None

@@ -194,25 +194,19 @@ class _Record:
 
     @contextlib.contextmanager
     def of(self, potential: Potential) -> Iterator[None]:
-        """Listen inside the block. The magnetic moments are read from what the last convolution reads."""
+        """Listen inside the block."""
         network = potential.model
 
-        def at_magmom(_: nn.Module, arguments: tuple[Tensor]) -> None:
-            self.atom.append(arguments[0].detach())
-
         def at_end(_: nn.Module, arguments: tuple[Batch, Tensor], features: Features) -> None:
+            self.atom.append(features.atom_before_AD.detach())
             normed = network.readout_norm(features.atom_AD)
             self.crystal.append(segment_sum(normed, arguments[0].by_system).detach())
 
-        handles = [
-            network.magmom.register_forward_pre_hook(at_magmom),
-            network.register_forward_hook(at_end),
-        ]
+        handle = network.register_forward_hook(at_end)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
 
 
 def _plain(values: Tensor) -> NDArray[np.float32]:
