@@ -26,18 +26,31 @@ class Record(Protocol):
 
 
 class CudaGraphs:
-    """Recordings as CUDA graphs that share their memory, as they never run side by side."""
+    """Recordings as CUDA graphs that share their memory, as they never run side by side.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    Args:
+        device: where what is recorded works; another one may be current.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            # that of `torch.cuda.graph` is on the device where it was used first
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Capture `function`, which is not run; raise what it raises."""
+        with torch.cuda.device(self._device):
+            return self._capture(function)
+
+    def _capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph, failure = torch.cuda.CUDAGraph(), None
         # where a capture fails, `torch.cuda.graph` would leave its own stream the current one
         here = torch.cuda.stream(torch.cuda.current_stream())
         # the thread that prepares the next batch goes on meanwhile
-        captured = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        captured = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
         try:
             with here, captured:
                 try:
@@ -54,7 +67,7 @@ class CudaGraphs:
 
 def recording_on(device: torch.device) -> Record | None:
     """Return what records on a device, if anything does."""
-    return CudaGraphs() if device.type == "cuda" else None
+    return CudaGraphs(device) if device.type == "cuda" else None
 
 
 class _Recording(NamedTuple):

@@ -43,12 +43,13 @@ def test_what_has_no_shapes_of_its_own_is_not_recorded() -> None:
 class Capture:
     """Stands for `torch.cuda.graph`, whose end fails where the capture has been broken."""
 
-    stream = "default"
+    stream, device = "default", "cuda:0"
 
-    def __init__(self, graph: object, pool: object, capture_error_mode: str) -> None:
-        assert (pool, capture_error_mode) == ("pool", "thread_local")
+    def __init__(self, graph: object, pool: object, stream: object, capture_error_mode: str) -> None:
+        assert (pool, stream, capture_error_mode) == ("pool", "own of cuda:1", "thread_local")
 
     def __enter__(self) -> None:
+        assert Capture.device == "cuda:1"
         Capture.stream = "capturing"
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -66,14 +67,26 @@ def on_stream(stream: str) -> Iterator[None]:
         Capture.stream = before
 
 
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    Capture.device = str(device)
+    try:
+        yield
+    finally:
+        Capture.device = "cuda:0"
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> CudaGraphs:
+    """Recordings on a GPU that is not the current one."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Capture.stream)
     monkeypatch.setattr(torch.cuda, "stream", on_stream)
-    return CudaGraphs()
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: f"own of {Capture.device}")
+    return CudaGraphs(torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ class Session:
             InputError: no such device, no readable frames, or no chgnet although it is asked for.
         """
         self.device = pick_device(options.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # as training does
         if options.chgnet:
             require_chgnet()
         if options.threads is not None:

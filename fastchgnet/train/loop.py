@@ -23,7 +23,7 @@ from torch import Tensor
 from fastchgnet.config import RunConfig
 from fastchgnet.errors import InputError
 from fastchgnet.loss import Tally, coefficients, empty_tally, tally, total_loss
-from fastchgnet.record import CudaGraphs
+from fastchgnet.record import recording_on
 from fastchgnet.train.batches import Batches, Division, prefetch, validation_batches
 from fastchgnet.train.checkpoint import Progress, save_state
 from fastchgnet.train.log import RunLog
@@ -90,7 +90,7 @@ class Trainer:
         train_source, self.val_source = sources
         step = Step(self.potential, self.optimizer, config.loss, ranks)
         self.sums = step.sums
-        record = CudaGraphs() if self.device.type == "cuda" and config.train.capture == "auto" else None
+        record = recording_on(device) if config.train.capture == "auto" else None
         self.take_step = Steps(step, train_source, division, self._by_sums, record)
         self._label_counts = train.label_counts()
         self.progress = Progress(frames=f"{train.fingerprint()} {self.batches.fingerprint()}")
