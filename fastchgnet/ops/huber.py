@@ -14,12 +14,14 @@ no derivative, and nothing has a second one: asking for it raises. Saved: the in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastchgnet.graph import Batch, Labels, Output
+from fastchgnet.ops._register import define, implement, no_derivative, shape_of
 from fastchgnet.ops.gpu import runtime
 from fastchgnet.units import GPA
 
@@ -105,31 +107,22 @@ def _backward(
     return e, f, s, m
 
 
-_huber = torch.library.custom_op("fastchgnet::huber", _forward, mutates_args=())
-_huber_backward = torch.library.custom_op("fastchgnet::huber_backward", _backward, mutates_args=())
-_huber.register_kernel("cuda")(runtime.body("huber", "forward", _forward, (torch.float64,)))
-_huber_backward.register_kernel("cuda")(runtime.body("huber", "backward", _backward, (torch.float64,)))
-
-
-@_huber.register_fake
-def _(*inputs: Any) -> Tensor:
-    return inputs[0].new_empty(3, 4, dtype=torch.float64)
-
-
-@_huber_backward.register_fake
-def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    e, f, s, m = (torch.empty_like(p) for p in inputs[:4])
-    return e, f, s, m
-
-
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.delta = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = _huber_backward(grad.contiguous(), *ctx.saved_tensors, ctx.delta)
+def _derivative(inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Any]) -> Sequence[Any]:
+    (grad,) = grads
+    found = (None,) * 4 if grad is None else _huber_backward(grad.contiguous(), *inputs)
     return (*found, *[None] * 7)
 
 
-_huber.register_autograd(_derivative, setup_context=_save)
+_TARGETS = ("energy", "forces", "stress", "magmoms")
+_NAMES = (*_TARGETS, *(f"{name}_label" for name in _TARGETS), "n_atoms", "volume")
+_INPUTS = ", ".join(f"Tensor {name}" for name in _NAMES) + ", float delta"
+_huber = define("huber", f"({_INPUTS}) -> Tensor", _derivative)
+_huber_backward = define(
+    "huber_backward", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", no_derivative
+)
+implement("huber", _forward)
+implement("huber_backward", _backward)
+implement("huber", runtime.body("huber", "forward", _forward, (torch.float64,)), "CUDA")
+implement("huber_backward", runtime.body("huber", "backward", _backward, (torch.float64,)), "CUDA")
+shape_of("huber", lambda energy, *_: energy.new_empty(3, 4, dtype=torch.float64))
+shape_of("huber_backward", lambda _, *inputs: tuple(torch.empty_like(p) for p in inputs[:4]))
