@@ -88,7 +88,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
     settings: Any = torch.utils.deterministic  # a module whose attribute is made at run time
     mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     if device.type == "cpu":
-        # `use_deterministic_algorithms` would load the compiler for a setting of its own, and leave that behind
+        # `use_deterministic_algorithms` would load the compiler, too, and leave a setting of that behind
         torch.set_deterministic_debug_mode("error")
         settings.fill_uninitialized_memory = False  # finds mistakes, costs time, changes no result
     try:
