@@ -14,9 +14,9 @@ from ase import Atoms, units
 from ase.constraints import FixAtoms, FixedPlane
 from ase.md.verlet import VelocityVerlet
 from crystals import PAIR, benzene, crystals, potential
+from on_meta import OnOneDevice
 from pymatgen.core import Structure
 from recordings import CalledAgain
-from test_step import OnOneDevice
 from torch import Tensor
 
 from fastchgnet import FastCHGNetCalculator

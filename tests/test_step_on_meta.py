@@ -12,11 +12,10 @@ from typing import Any
 import interpreted  # noqa: F401, first: Triton decides at its import whether it interprets
 import pytest
 import torch
+from on_meta import OnOneDevice, assert_not_on_host
 from test_step import CPU, batches_of, everything, planning_for
 from test_train import configure, emt_frames
-from torch import Tensor
 from torch._C import DispatchKey
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastchgnet.config import Provenance
@@ -27,18 +26,6 @@ from fastchgnet.train.resident import ResidentFrames
 from fastchgnet.train.setup import blank_potential
 from fastchgnet.train.source import DeviceGraphs
 from fastchgnet.train.step import Inputs, Step
-
-
-class OnOneDevice(TorchDispatchMode):
-    """Refuses operations on tensors of the host: on a GPU the host would wait for them."""
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        found = self.apply(op, args, kwargs or {})
-        assert_not_on_host((args, kwargs, found), op)
-        return found
-
-    def apply(self, op: Any, args: tuple, kwargs: dict) -> Any:
-        return op(*args, **kwargs)
 
 
 class BodiesForGpus(OnOneDevice):
@@ -53,11 +40,6 @@ class BodiesForGpus(OnOneDevice):
             # empty stands for what there is not, or for what nobody asked for
             assert one.dtype == other.dtype and (one.shape == other.shape or (0,) in (one.shape, other.shape))
         return found
-
-
-def assert_not_on_host(values: object, what: object) -> None:
-    for tensor in tree_leaves(values):
-        assert not isinstance(tensor, Tensor) or tensor.device.type == "meta", what
 
 
 def take_step(folder: Path, readout: str, choice: str, dtype: str, mode: OnOneDevice) -> None:
