@@ -80,11 +80,11 @@ def take_step(pool: Pool, n_frames: int, readout: str, folder: Path) -> None:
     planning, resident = Planning(sizes, [batch], Division(sizes)), ResidentFrames(store, META)
     source = DeviceGraphs(frames, first, planning, resident)
     room = source.room([batch])
-    tensors = [t.to(META) for t in source.prepare(batch, room).tensors]
+    tensors = [t.to(META) for t in source.prepare(batch, room)]
     potential = copy.deepcopy(first).to(META).train()
     average = copy.deepcopy(potential)
     optimizer = Optimizer(potential.in_order(), average.in_order(), config.optim.clip_norm)
-    inputs = Inputs.unpacked(torch.zeros(20, dtype=torch.float64, device=META))
+    inputs = Inputs(*(torch.zeros(shape, dtype=torch.float64, device=META) for shape in ((3, 4), 3, 8)))
     with BodiesForGpus():
         made = DeviceGraphs(frames, potential, planning, resident).make(tensors, room)
         Step(potential, optimizer, config.loss)([made], inputs)

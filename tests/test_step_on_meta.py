@@ -6,6 +6,7 @@ With the bodies for GPUs it goes as far as the launches: what kernels are given 
 from __future__ import annotations
 
 import copy
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from test_train import configure, emt_frames
 from torch._C import DispatchKey
 from torch.utils._pytree import tree_leaves
 
+from fastchgnet.bench.frames import Pool
 from fastchgnet.config import Provenance
 from fastchgnet.data.store import Store, write_store
 from fastchgnet.ops.gpu import runtime
@@ -97,3 +99,13 @@ def test_kernels_of_a_step_are_given_tensors_of_their_device(
     if readout == "direct":
         used.add("central_pulls")
     assert used | ({"frames"} if choice == "resident" else set()) <= launched
+
+
+@pytest.mark.parametrize("readout", ["conservative", "direct"])
+def test_the_script_that_compiles_kernels_takes_a_step(
+    tmp_path: Path, readout: str, launched: set[str]
+) -> None:
+    root = Path(__file__).parents[1]
+    script = runpy.run_path(str(root / "benchmarks" / "compile_kernels.py"))
+    script["take_step"](Pool(root / "examples" / "prototypes.xyz", 0), 1, readout, tmp_path)
+    assert {"adam", "bond_tables", "frames", "message"} <= launched
