@@ -197,7 +197,7 @@ class _Record:
         """Listen inside the block."""
         network = potential.model
 
-        def at_end(_: nn.Module, arguments: tuple[Batch, Tensor], features: Features) -> None:
+        def at_end(_: nn.Module, arguments: tuple[Batch, *tuple[Any, ...]], features: Features) -> None:
             self.atom.append(features.atom_before_AD.detach())
             normed = network.readout_norm(features.atom_AD)
             self.crystal.append(segment_sum(normed, arguments[0].by_system).detach())

@@ -121,7 +121,7 @@ class Family:
     def _register(self, key: str, forward: _Function, backward: _Function, second: _Function) -> None:
         bodies = self._zeroth(forward), self._first(backward), self._second(second)
         for name, body in zip(self.names, bodies, strict=True):
-            implement(name, body, key)
+            _library.impl(name, body, key)
 
     def _zeroth(self, body: _Function) -> _Function:
         """Make a library op of a forward function."""
@@ -271,9 +271,11 @@ def _defined(
     return op
 
 
-def implement(name: str, body: _Function, key: str = "CompositeExplicitAutograd") -> None:
-    """Give an op its body, for all devices or for those of a dispatch key."""
-    _library.impl(name, body, key)
+def implement(name: str, body: _Function, on_cuda: _Function | None = None) -> None:
+    """Give an op its body, and another one on CUDA."""
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    if on_cuda is not None:
+        _library.impl(name, on_cuda, "CUDA")
 
 
 def shape_of(name: str, body: _Function) -> None:

@@ -76,10 +76,8 @@ _central_pulls = define("central_pulls", f"({_INPUTS}) -> (Tensor, Tensor)", _de
 _central_pulls_backward = define(
     "central_pulls_backward", f"(Tensor by_pulls, {_INPUTS}) -> (Tensor, Tensor)", no_derivative
 )
-implement("central_pulls", reference)
-implement("central_pulls_backward", _backward)
-implement("central_pulls", runtime.body("central_pulls", "forward", reference), "CUDA")
-implement("central_pulls_backward", runtime.body("central_pulls", "backward", _backward), "CUDA")
+implement("central_pulls", reference, runtime.body("central_pulls", "forward", reference))
+implement("central_pulls_backward", _backward, runtime.body("central_pulls", "backward", _backward))
 shape_of(
     "central_pulls",
     lambda message, weight, vector, *_: (message.new_empty(len(message), 2, 3), torch.empty_like(vector)),

@@ -55,9 +55,7 @@ _magmoms = define("magmoms", f"({_INPUTS}) -> Tensor", _derivative)
 _magmoms_backward = define(
     "magmoms_backward", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)", no_derivative
 )
-implement("magmoms", reference)
-implement("magmoms_backward", _backward)
-implement("magmoms", runtime.body("magmom", "forward", reference), "CUDA")
-implement("magmoms_backward", runtime.body("magmom", "backward", _backward), "CUDA")
+implement("magmoms", reference, runtime.body("magmom", "forward", reference))
+implement("magmoms_backward", _backward, runtime.body("magmom", "backward", _backward))
 shape_of("magmoms", lambda features, *_: features.new_empty(len(features)))
 shape_of("magmoms_backward", lambda _, *inputs: tuple(torch.empty_like(t) for t in inputs))

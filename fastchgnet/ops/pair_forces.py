@@ -135,9 +135,7 @@ _pair_forces_backward = define(
     "Tensor volume) -> (Tensor, Tensor)",
     no_derivative,
 )
-implement("pair_forces", _forward)
-implement("pair_forces_backward", _backward)
-implement("pair_forces", runtime.body("pair_forces", "forward", _forward), "CUDA")
-implement("pair_forces_backward", runtime.body("pair_forces", "backward", _backward), "CUDA")
+implement("pair_forces", _forward, runtime.body("pair_forces", "forward", _forward))
+implement("pair_forces_backward", _backward, runtime.body("pair_forces", "backward", _backward))
 shape_of("pair_forces", _shapes)
 shape_of("pair_forces_backward", lambda pulls, arm, *_: (torch.empty_like(pulls), torch.empty_like(arm)))

@@ -81,11 +81,8 @@ _SCHEMA = "(Tensor rows, Tensor segment, Tensor start, Tensor? order) -> Tensor"
 _gather = define("gather", _SCHEMA, _gather_derivative)
 _segment_sum = define("segment_sum", _SCHEMA, _sum_derivative)
 implement("gather", lambda table, segment, start, order: table.index_select(0, segment))
-implement("segment_sum", _body)
 implement(
-    "segment_sum",
-    runtime.body("segments", "segment_sum", _body, dtypes=(torch.float32, torch.float64)),
-    "CUDA",
+    "segment_sum", _body, runtime.body("segments", "segment_sum", _body, (torch.float32, torch.float64))
 )
 shape_of("gather", lambda table, segment, start, order: table.new_empty(len(segment), table.shape[1]))
 shape_of("segment_sum", lambda rows, segment, start, order: rows.new_empty(len(start) - 1, rows.shape[1]))
