@@ -34,7 +34,7 @@ from fastchgnet.ops.gpu.message_tiles import (
     write_sums,
 )
 from fastchgnet.ops.gpu.segments import Terms, shares, sum_all
-from fastchgnet.ops.gpu.tiles import dot, factor, norm_backward, plus, read, write, zeros
+from fastchgnet.ops.gpu.tiles import dot, factor, norm_backward, plus, read, sigmoid, write, zeros
 
 WIDTHS = (16, 32, 64)
 pytorch_backward = adding(_message_torch.backward)
@@ -104,10 +104,10 @@ def _forward_kernel(
         h = gathered(tables, a_ND, rows_core, index, live, 0, D, PRECISION)
         x, _ = norm(norm_input(h, hidden_core, m, 0, D, PRECISION), m, D)
         n = affine(x, m, 0, N_NORMS, D)
-        message = n * tl.sigmoid(n)
+        message = n * sigmoid(n)
         h = gathered(tables, a_ND, rows_gate, index, live, 1, D, PRECISION)
         x, _ = norm(norm_input(h, hidden_gate, m, 1, D, PRECISION), m, D)
-        message *= tl.sigmoid(affine(x, m, 1, N_NORMS, D))
+        message *= sigmoid(affine(x, m, 1, N_NORMS, D))
         if m.w is not None:
             message *= read(m.w, index[2], live, D, D)
         elif m.a is not None:
@@ -141,13 +141,13 @@ def _branch_backward(
         dz = norm_backward(dn * norm_row(m.scale, BRANCH, N_NORMS, D), x, rstd, D)
     dh = dz
     if m.weight is not None:
-        sigmoid = tl.sigmoid(h)
+        sigma = sigmoid(h)
         if WITH_PARAMETERS:
             bias += tl.sum(dz, 0)
         dz = factor(dz, PRECISION)
         if WITH_PARAMETERS:
-            weight = dot(tl.trans(dz), factor(h * sigmoid, PRECISION), weight, PRECISION)
-        dh = linear_backward(dz, hidden, D, PRECISION) * silu_slope(h, sigmoid)
+            weight = dot(tl.trans(dz), factor(h * sigma, PRECISION), weight, PRECISION)
+        dh = linear_backward(dz, hidden, D, PRECISION) * silu_slope(h, sigma)
     return dh, (angle, weight, bias, scale, shift)
 
 
@@ -176,7 +176,7 @@ def _backward_kernel(
         x_core, rstd_core = norm(norm_input(h_core, hidden_core, m, 0, D, PRECISION), m, D)
         x_gate, rstd_gate = norm(norm_input(h_gate, hidden_gate, m, 1, D, PRECISION), m, D)
         n_core = affine(x_core, m, 0, N_NORMS, D)
-        s_core, s_gate = tl.sigmoid(n_core), tl.sigmoid(affine(x_gate, m, 1, N_NORMS, D))
+        s_core, s_gate = sigmoid(n_core), sigmoid(affine(x_gate, m, 1, N_NORMS, D))
         core = n_core * s_core
         if m.w is not None:
             g = read(grad, index[0], live, D, D)

@@ -30,7 +30,7 @@ from fastchgnet.ops.gpu.message_tiles import (
     weights,
     write_sums,
 )
-from fastchgnet.ops.gpu.tiles import dot, factor, mean, norm_backward, read, write, zeros
+from fastchgnet.ops.gpu.tiles import dot, factor, mean, norm_backward, read, sigmoid, write, zeros
 
 SECOND = Tile(rows=32, warps=8, per_multiprocessor=1)
 SECOND_OF_MANY = Tile(rows=16, warps=8, per_multiprocessor=1)
@@ -51,7 +51,7 @@ def _branch_up(
     """From h of core or gate and its tangent u to n and n'; and x, 1 / std, L(z') and mean(z' x)."""
     z_dot = u
     if m.weight is not None:
-        z_dot = linear(u * silu_slope(h, tl.sigmoid(h)), hidden, D, PRECISION)
+        z_dot = linear(u * silu_slope(h, sigmoid(h)), hidden, D, PRECISION)
     x, rstd = norm(norm_input(h, hidden, m, BRANCH, D, PRECISION), m, D)
     n = affine(x, m, BRANCH, N_NORMS, D)
     if m.scale is None:
@@ -66,7 +66,7 @@ def _branch_up(
 @triton.jit
 def _second_of_gate(n_core, n_gate, n_dot_core, n_dot_gate):
     """Return m and m', its slopes and how they change along n', of core and gate."""
-    s_core, s_gate = tl.sigmoid(n_core), tl.sigmoid(n_gate)
+    s_core, s_gate = sigmoid(n_core), sigmoid(n_gate)
     rest_core, rest_gate = 1 - s_core, 1 - s_gate
     core = n_core * s_core
     message = core * s_gate
@@ -108,16 +108,16 @@ def _branch_down(
         z_bar = norm_backward(n_bar * g, x, rstd, D) - rstd * change
     h_bar, first = z_bar, z_dot_bar
     if m.weight is not None:
-        sigmoid = tl.sigmoid(h)
-        slope = silu_slope(h, sigmoid)
-        curvature = sigmoid * (1 - sigmoid) * (2 + h * (1 - 2 * sigmoid))
+        sigma = sigmoid(h)
+        slope = silu_slope(h, sigma)
+        curvature = sigma * (1 - sigma) * (2 + h * (1 - 2 * sigma))
         bias += tl.sum(z_bar, 0)
         # one after the other: a factor takes eight times a tile's registers
         z_dot_bar = factor(z_dot_bar, PRECISION)
         weight = dot(tl.trans(z_dot_bar), factor(u * slope, PRECISION), weight, PRECISION)
         s_dot_bar = linear_backward(z_dot_bar, hidden, D, PRECISION)
         z_bar = factor(z_bar, PRECISION)
-        weight = dot(tl.trans(z_bar), factor(h * sigmoid, PRECISION), weight, PRECISION)
+        weight = dot(tl.trans(z_bar), factor(h * sigma, PRECISION), weight, PRECISION)
         h_bar = linear_backward(z_bar, hidden, D, PRECISION) * slope + curvature * u * s_dot_bar
         first = s_dot_bar * slope
     if m.a is not None and u_a is not None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastchgnet.ops._message_inputs import EPS
-from fastchgnet.ops.gpu.tiles import dot, factor, matrix, normed, read, vector, write, zeros
+from fastchgnet.ops.gpu.tiles import dot, factor, matrix, normed, read, sigmoid, vector, write, zeros
 
 EPSILON = tl.constexpr(EPS)
 
@@ -120,7 +120,7 @@ def norm_input(h, hidden_weight, m, BRANCH: tl.constexpr, D: tl.constexpr, PRECI
     if m.weight is None:
         return h
     else:
-        return linear(h * tl.sigmoid(h), hidden_weight, D, PRECISION) + vector(m.bias + BRANCH * D, D)
+        return linear(h * sigmoid(h), hidden_weight, D, PRECISION) + vector(m.bias + BRANCH * D, D)
 
 
 @triton.jit
@@ -148,9 +148,9 @@ def affine(x, m, BRANCH: tl.constexpr, N_NORMS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def silu_slope(h, sigmoid):
+def silu_slope(h, sigma):
     """Return S'(h)."""
-    return sigmoid * (1 + h * (1 - sigmoid))
+    return sigma * (1 + h * (1 - sigma))
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from fastchgnet.ops.gpu.tiles import (
     norm_backward,
     normed,
     read,
+    sigmoid,
     vector,
     write,
     zeros,
@@ -99,7 +100,7 @@ def _forward_kernel(
     for k in tl.static_range(N_LAYERS):
         at = _hidden(parameters, k, HAS_NORM, D)
         h = _linear(factor(s, PRECISION), matrix(at, D, PRECISION)) + vector(at + D * D, D)
-        s = h * tl.sigmoid(h)
+        s = h * sigmoid(h)
         hs += (h,)
     at = _hidden(parameters, N_LAYERS, HAS_NORM, D)
     w = vector(at, D)
@@ -108,8 +109,8 @@ def _forward_kernel(
         r = zeros(BLOCK, D) + w
         for step in tl.static_range(N_LAYERS):
             h = hs[N_LAYERS - 1 - step]
-            sigmoid = tl.sigmoid(h)
-            q = factor(r * sigmoid * (1 + h * (1 - sigmoid)), PRECISION)
+            sigma = sigmoid(h)
+            q = factor(r * sigma * (1 + h * (1 - sigma)), PRECISION)
             at = _hidden(parameters, N_LAYERS - 1 - step, HAS_NORM, D)
             r = _linear_backward(q, matrix(at, D, PRECISION))
         if HAS_NORM:
@@ -132,10 +133,10 @@ def _up(s, s_dot, parameters, TANGENT: tl.constexpr, N_LAYERS: tl.constexpr, HAS
             s_dot = factor(s_dot, PRECISION)
             h_dot = _linear(s_dot, weight)
         layers += ((s, s_dot, h, h_dot),)
-        sigmoid = tl.sigmoid(h)
-        s = h * sigmoid
+        sigma = sigmoid(h)
+        s = h * sigma
         if TANGENT:
-            s_dot = h_dot * sigmoid * (1 + h * (1 - sigmoid))
+            s_dot = h_dot * sigma * (1 + h * (1 - sigma))
     return s, s_dot, layers
 
 
@@ -146,12 +147,12 @@ def _down(by_s, r, layers, share, parameters, TANGENT: tl.constexpr, HAS_NORM: t
     N_LAYERS: tl.constexpr = len(layers)
     for step in tl.static_range(N_LAYERS):
         s, s_dot, h, h_dot = layers[N_LAYERS - 1 - step]
-        sigmoid = tl.sigmoid(h)
-        rest = 1 - sigmoid
-        slope = sigmoid * (1 + h * rest)
+        sigma = sigmoid(h)
+        rest = 1 - sigma
+        slope = sigma * (1 + h * rest)
         by_h, q = by_s * slope, r
         if TANGENT:
-            by_h += sigmoid * rest * (2 + h * (rest - sigmoid)) * h_dot * r
+            by_h += sigma * rest * (2 + h * (rest - sigma)) * h_dot * r
             q = factor(r * slope, PRECISION)
         by_bias = tl.sum(by_h, 0)
         by_h = factor(by_h, PRECISION)
