@@ -50,9 +50,16 @@ class Tile(NamedTuple):
 
 FORWARD = {
     "tf32": Tile(rows=64, warps=4, per_multiprocessor=2),
-    "fp32": Tile(rows=32, warps=8, per_multiprocessor=1),
+    "fp32": Tile(rows=32, warps=4, per_multiprocessor=2),
 }
-BACKWARD = Tile(rows=32, warps=8, per_multiprocessor=1)
+
+
+def _backward_tile(m: Inputs, with_parameters: bool) -> Tile:
+    # Two programs a multiprocessor, of which one works while the other waits at a barrier. Four matrices in
+    # shared memory leave room for one; sums of gradients leave few registers for rows.
+    if m.has_hidden and m.a is not None:
+        return Tile(rows=32, warps=8, per_multiprocessor=1)
+    return Tile(rows=16 if m.has_hidden and with_parameters else 32, warps=4, per_multiprocessor=2)
 
 
 class Rows(NamedTuple):
@@ -315,10 +322,11 @@ def backward(
     if not fits(inputs):
         return pytorch_backward(onto, with_parameters, grad, *inputs)
     launch = Launch(inputs)
-    found = launch.gradients(BACKWARD, with_parameters, with_tangent=False, onto_a=onto[5])
+    tile = _backward_tile(launch.m, with_parameters)
+    found = launch.gradients(tile, with_parameters, with_tangent=False, onto_a=onto[5])
     launch.run(
         _backward_kernel,
-        BACKWARD,
+        tile,
         grad.contiguous(),
         launch.kernel_inputs(),
         found,

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastchgnet.ops import _message_torch
-from fastchgnet.ops.gpu import runtime
 from fastchgnet.ops.gpu.message import Launch, Tile, fits
 from fastchgnet.ops.gpu.message_tiles import (
     affine,
@@ -32,9 +31,9 @@ from fastchgnet.ops.gpu.message_tiles import (
 )
 from fastchgnet.ops.gpu.tiles import dot, factor, mean, norm_backward, read, sigmoid, write, zeros
 
-SECOND = Tile(rows=32, warps=8, per_multiprocessor=1)
-SECOND_OF_MANY = Tile(rows=16, warps=8, per_multiprocessor=1)
-"""Where matrices and sums are many or take much, the tile is smaller."""
+SECOND = Tile(rows=16, warps=4, per_multiprocessor=2)
+SECOND_OF_BONDS = Tile(rows=16, warps=8, per_multiprocessor=1)
+"""Their four matrices leave no room for two programs."""
 
 
 @triton.jit
@@ -220,8 +219,7 @@ def backward_backward(
     if not fits(inputs):
         return _message_torch.backward_backward(cotangents, grad, *inputs)
     launch = Launch(inputs)
-    of_bonds = launch.m.a is not None and launch.m.has_hidden
-    tile = SECOND if runtime.current_precision() == "tf32" and not of_bonds else SECOND_OF_MANY
+    tile = SECOND_OF_BONDS if launch.m.a is not None and launch.m.has_hidden else SECOND
     found = launch.gradients(tile, with_parameters=True, with_tangent=True)
     u_p, u_q, u_r, u_tail, u_w, u_a = cotangents
     wanted = (u_p, u_q, *launch.m.halves(u_r, u_tail), u_w, u_a)
