@@ -4,6 +4,9 @@
 A program adds four segments side by side, four rows of each at a time. The order of a segment's additions
 depends on nothing but its length, so a crystal's sums are the same bit for bit in any batch. Shares of the
 gradients of parameters, one of each program of a kernel, are added up in the same launch.
+
+Tables are taken in rounds, a part of each at a time: several sums over the same rows, of which neighbours
+belong to one crystal, then find them in the cache.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastchgnet.ops import segments
-from fastchgnet.ops.gpu import runtime
+from fastchgnet.ops.gpu import runtime, tiles
 
 SEGMENTS = 4
 ROWS = 4
 SHARES = 32  # added at a time
+ROUNDS = 2 if tiles.INTERPRETED else 32  # programs without work are slow to interpret
 MAX_SUMS = 7
 MAX_WIDTH = 256
 
@@ -82,6 +86,11 @@ def _sum_block(
     tl.store(job.out + at, total, mask=within)
 
 
+@triton.jit
+def _n_blocks(job, n_segments, SEGMENTS: tl.constexpr):
+    return n_segments if job.start is None else tl.cdiv(n_segments, SEGMENTS)
+
+
 @triton.jit(do_not_specialize=[f"{of}_{n}" for of in ("n", "m") for n in range(MAX_SUMS)])
 def _sum_kernel(
     jobs,
@@ -103,20 +112,26 @@ def _sum_kernel(
     SEGMENTS: tl.constexpr,
     ROWS: tl.constexpr,
     SHARES: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
     sizes = (n_0, n_1, n_2, n_3, n_4, n_5, n_6)
     shares = (m_0, m_1, m_2, m_3, m_4, m_5, m_6)
-    block = tl.program_id(0)
+    n_of_round = 0
     for job in tl.static_range(len(WIDTHS)):
-        if jobs[job].start is None:
-            if (block >= 0) & (block < sizes[job]):
+        n_of_round += tl.cdiv(_n_blocks(jobs[job], sizes[job], SEGMENTS), ROUNDS)
+    n_of_round = tl.maximum(n_of_round, 1)
+    turn = tl.program_id(0) // n_of_round
+    rest = tl.program_id(0) % n_of_round
+    for job in tl.static_range(len(WIDTHS)):
+        n_blocks = _n_blocks(jobs[job], sizes[job], SEGMENTS)
+        n = tl.cdiv(n_blocks, ROUNDS)
+        block = turn * n + rest
+        if (rest >= 0) & (rest < n) & (block < n_blocks):
+            if jobs[job].start is None:
                 _sum_block(jobs[job], sizes[job], shares[job], block, WIDTHS[job], 1, SHARES)
-            block -= sizes[job]
-        else:
-            n_blocks = tl.cdiv(sizes[job], SEGMENTS)
-            if (block >= 0) & (block < n_blocks):
+            else:
                 _sum_block(jobs[job], sizes[job], 0, block, WIDTHS[job], SEGMENTS, ROWS)
-            block -= n_blocks
+        rest -= n
 
 
 def sum_all(wanted: Sequence[Terms]) -> list[Tensor]:
@@ -125,16 +140,16 @@ def sum_all(wanted: Sequence[Terms]) -> list[Tensor]:
     Args:
         wanted: at most MAX_SUMS; what takes longest is best first.
     """
-    jobs, n_blocks = [], 0
+    jobs, n_of_round = [], 0
     for terms in wanted:
         rows, width = terms.rows, terms.rows.shape[1]
         n = len(rows) // terms.n_shares if terms.start is None else len(terms.start) - 1
         jobs.append(Sum(*terms[:4], rows.new_empty(n, width)))
-        n_blocks += n if terms.start is None else triton.cdiv(n, SEGMENTS)
+        n_of_round += triton.cdiv(n if terms.start is None else triton.cdiv(n, SEGMENTS), ROUNDS)
     nothing = [0] * (MAX_SUMS - len(jobs))
     runtime.launch(
         _sum_kernel,
-        max(n_blocks, 1),
+        ROUNDS * max(n_of_round, 1),
         jobs[0].out.device,
         tuple(jobs),
         *[len(job.out) for job in jobs],
@@ -145,6 +160,7 @@ def sum_all(wanted: Sequence[Terms]) -> list[Tensor]:
         SEGMENTS=SEGMENTS,
         ROWS=ROWS,
         SHARES=SHARES,
+        ROUNDS=ROUNDS,
         num_warps=2,
         num_stages=1,
     )
