@@ -96,7 +96,8 @@ def vector(weight, D: tl.constexpr):
 def sigmoid(x):
     """Return 1 / (1 + exp(-x)), for infinite x and NaN, too."""
     # Four instructions. Triton's own takes fourteen, for exponentials that are subnormal, which are nothing
-    # beside 1, and for those close to overflow, where the quotient is 0.
+    # beside 1, and for those close to overflow, where the quotient is 0. Impure, or it would be computed
+    # again where that spares a change of layout.
     if INTERPRETED:
         return tl.sigmoid(x)
     else:
@@ -107,7 +108,7 @@ def sigmoid(x):
             add.ftz.f32 t, t, 0f3F800000;
             rcp.approx.ftz.f32 $0, t;
         }"""
-        return tl.inline_asm_elementwise(HOW, "=f,f", [x], tl.float32, True, 1)
+        return tl.inline_asm_elementwise(HOW, "=f,f", [x], tl.float32, False, 1)
 
 
 @triton.jit
