@@ -28,9 +28,8 @@ WIDTHS = (16, 32, 64)
 FUNCTIONS = 32  # as many as a tile has registers for
 FEWEST = 16  # columns that a factor must have
 pytorch_backward = adding(bond_tables._backward)
-ROWS = 32  # of a tile
-ROWS_BACK = 16  # of a tile of dZ
-WARPS = 8
+ROWS = 64  # of a tile
+WARPS = 4
 
 
 class Given(NamedTuple):
@@ -92,7 +91,7 @@ def _backward_kernel(
     R: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_BACK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     constants = cutoff, scale
@@ -100,12 +99,12 @@ def _backward_kernel(
     if program < n_programs:
         by_lengths(
             m, cotangent, grads, found, program, (n_rows, n_short, n_programs), constants,
-            N_LAYERS, PER_LONG, P, D, R, COLUMNS, BLOCK_BACK,
+            N_LAYERS, PER_LONG, P, D, R, COLUMNS, BLOCK,
         )
     elif found.weight is not None:
         by_weight(
             m, cotangent, grads, found, program - n_programs, (n_rows, n_short, n_chunks), constants,
-            N_LAYERS, PER_LONG, P, D, R, COLUMNS, BLOCK,
+            N_LAYERS, PER_LONG, P, D, R, COLUMNS, BLOCK, PRECISION,
         )
     # fmt: on
 
@@ -119,8 +118,8 @@ class Launch:
         self.n_rows, self.n_functions = len(m.distance), len(m.frequency)
         self.width = _width(m)
         self.per_long = 1 if m.long_weight is None else m.long_weight.shape[1] // self.width
-        n_long = 0 if m.long_weight is None else len(m.long_weight) * self.per_long
-        self.n_layers = len(m.weight) // self.width + n_long
+        n_first, n_long = len(m.weight) // self.width, 0 if m.long_weight is None else len(m.long_weight)
+        self.n_layers, self.n_tables = n_first + n_long * self.per_long, n_first + n_long
         self.grads = tuple(None if g is None else g.contiguous() for g in grads)
 
     def forward(self) -> list[Tensor]:
@@ -134,20 +133,20 @@ class Launch:
         self, cotangent: Any, tables: Any, with_parameters: bool, onto: Sequence[Any] = ((),) * 4
     ) -> list[Any]:
         """Compute gradients of lengths and parameters, or what takes their place in the second derivative."""
-        distance = self.m.distance
-        at_once = runtime.n_programs(self.n_rows, distance.device)
-        n_programs = max(1, min(at_once, triton.cdiv(self.n_rows, ROWS_BACK)))
-        n_chunks = max(1, min(at_once // self.n_layers, triton.cdiv(self.n_rows, ROWS)))
+        distance, n_tiles = self.m.distance, triton.cdiv(self.n_rows, ROWS)
+        # two at once on a multiprocessor: one of each kind, which then find what the other read in the cache
+        n_programs = runtime.n_programs(n_tiles, distance.device, 1 if with_parameters else 2)
+        n_chunks = max(1, runtime.n_programs(n_tiles * self.n_tables, distance.device) // self.n_tables)
         counts = n_programs, n_chunks, n_chunks
         found_shares: list[Any] = [None] * len(counts)
         n_all = n_programs
         if with_parameters:
             given = zip(self.m[1:4], counts, strict=True)
             found_shares = [None if t is None else t.new_empty(n, t.numel()) for t, n in given]
-            n_all += n_chunks * self.n_layers
+            n_all += n_chunks * self.n_tables
         found = Found(tables, distance.new_empty(distance.shape), onto[0], *found_shares)
         args = _padded(self.grads), found, n_programs, n_chunks
-        self._run(_backward_kernel, n_all, cotangent, *args, BLOCK_BACK=ROWS_BACK)
+        self._run(_backward_kernel, n_all, cotangent, *args, PRECISION=runtime.current_precision())
         return [found.distance, *(self._sums(found_shares, onto[1:]) if with_parameters else [])]
 
     def _sums(self, found: Sequence[Any], onto: Sequence[Any]) -> list[Any]:
