@@ -18,9 +18,9 @@ def test_kernels_compile_with_next_to_no_spills() -> None:
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
     assert len({(kernel["op"], kernel["name"]) for kernel in kernels}) == 12
     for kernel in kernels:
-        # A tile of a second derivative holds functions, gradients and tangents. Tiles of half as many rows
-        # would not spill, and take a third more instructions.
-        most = 160 if kernel["op"] == "of_bond_tables" else 0
+        # A tile of a second derivative holds functions, gradients and tangents. What two programs spill
+        # fits the cache beside their shared memory; half as many rows take a third more instructions.
+        most = 288 if kernel["op"] == "of_bond_tables" else 0
         assert kernel["spilled"] <= most, kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
 
