@@ -13,6 +13,7 @@ import copy
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,17 @@ def take_step(pool: Pool, n_frames: int, readout: str, folder: Path) -> None:
                 average.eval()(made.batch)
 
 
-def main(file: str, *batches: str) -> None:
-    """Compile for both readouts and both precisions."""
+def set_up(launch: Callable[..., Any]) -> None:
+    """Let bodies for GPUs go as far as their launches, which another function takes over."""
     driver.set_active(Absent())
-    runtime.launch = lambda kernel, grid, device, *args, **options: kernel.warmup(
-        *args, grid=(grid,), **options
-    )
+    runtime.launch = launch
     runtime.serves = lambda tensor: True
     runtime._n_multiprocessors = lambda device: N_MULTIPROCESSORS  # type: ignore[assignment]
+
+
+def main(file: str, *batches: str) -> None:
+    """Compile for both readouts and both precisions."""
+    set_up(lambda kernel, grid, device, *args, **options: kernel.warmup(*args, grid=(grid,), **options))
     pool = Pool(Path(file), 0)
     for readout in ("conservative", "direct"):
         for precision in ("tf32", "fp32"):
