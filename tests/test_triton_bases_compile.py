@@ -1,8 +1,9 @@
-"""The kernels of the bases and of the pair forces compile for A100 and H100, without a GPU."""
+"""The kernels of the geometry, the bases and the pair forces compile for A100 and H100, without a GPU."""
 
 from __future__ import annotations
 
 import json
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ MAX_SHARED = 160 * 1024  # bytes that a program may take on an A100
 def test_kernels_compile_with_next_to_no_spills() -> None:
     kernels = run_script(__file__)
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
-    assert len({(kernel["op"], kernel["name"]) for kernel in kernels}) == 12
+    assert len({(kernel["op"], kernel["name"]) for kernel in kernels}) == 15
     for kernel in kernels:
         # A tile of a second derivative holds functions, gradients and tangents. What two programs spill
         # fits the cache beside their shared memory; half as many rows take a third more instructions.
@@ -29,10 +30,26 @@ def main() -> None:
     """Print what each kernel that the bodies launch takes on each GPU."""
     compiler = Compiler()
     for compiler.capability in (80, 90):
-        for body in (of_heads, of_bond_tables, of_angular_basis, of_pair_forces):
+        for body in (of_geometry, of_heads, of_bond_tables, of_angular_basis, of_pair_forces):
             compiler.case = {"op": body.__name__}
             body()
     print(json.dumps(compiler.found))
+
+
+def of_geometry() -> None:
+    import torch
+
+    from fastchgnet.ops.gpu import geometry
+
+    vector = torch.zeros(8, 3)
+    by_outputs = torch.zeros(8, 1), torch.zeros(2, 1), torch.zeros(4, 3)
+    index, sign = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int8)
+    given = (vector, index, sign, index.view(2, 2))
+    geometry.forward(*given)
+    for used in list(product([True, False], repeat=3))[:-1]:
+        grads = tuple(grad if wanted else None for grad, wanted in zip(by_outputs, used, strict=True))
+        geometry.backward(False, grads, *given)
+        geometry.backward_backward((vector,), grads, *given)
 
 
 def of_heads() -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fastchgnet.data.formats import read_frames
 from fastchgnet.data.frame import Frame
 from fastchgnet.errors import InputError
+from fastchgnet.loss import TARGETS
 from fastchgnet.neighbors import graph_sizes
 from fastchgnet.prediction import systems_from_frames
 
@@ -60,16 +61,17 @@ class Pool:
         order = np.random.default_rng(seed).permutation(len(frames))
         self._frames = [frames[position] for position in order]
 
-    def workload(self, n_frames: int) -> Workload:
-        """Take the first `n_frames`; labels that frames lack are drawn from the seed."""
+    def workload(self, n_frames: int, *, own_labels: bool = True) -> Workload:
+        """Take the first `n_frames`; labels that frames lack, or else all, are drawn from the seed."""
         if n_frames > len(self._frames):
             raise InputError(f"{self.path}: {len(self._frames)} frames, fewer than a batch of {n_frames}")
         rng = np.random.default_rng([self.seed, 1])
         chosen = self._frames[:n_frames]
+        if not own_labels:
+            chosen = [dataclasses.replace(frame, **dict.fromkeys(TARGETS)) for frame in chosen]
         labelled = [_labelled(frame, rng) for frame in chosen]
         sizes = graph_sizes(systems_from_frames(chosen), ATOM_CUTOFF, BOND_CUTOFF)
-        names = ("energy", "forces", "stress", "magmoms")
-        lacking = tuple(name for name in names if any(_lacks(frame, name) for frame in chosen))
+        lacking = tuple(name for name in TARGETS if any(_lacks(frame, name) for frame in chosen))
         return Workload(labelled, lacking, Composition(n_frames, *sizes.sum(axis=0).tolist()))
 
 
