@@ -26,7 +26,7 @@ from fastchgnet.bench.frames import Pool
 from fastchgnet.ops.gpu import runtime
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REGISTERS, SHARED, WARPS = 65_536, 227 * 1024, 64  # of a multiprocessor of an H100
+REGISTERS, SHARED, WARPS, PROGRAMS = 65_536, 228 * 1024, 64, 32  # of a multiprocessor of an H100
 KINDS = {
     "arithmetic": ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX"),
     "special": ("MUFU",),
@@ -45,9 +45,10 @@ class Code(NamedTuple):
 
 
 def read(listing: str) -> Code:
-    """Read what nvdisasm prints: a branch back to a label makes a loop of what lies between."""
+    """Read what nvdisasm prints: a loop is from a label to the last branch back to it."""
     labels: dict[str, int] = {}
-    names, loops = [], []
+    ends: dict[str, int] = {}
+    names: list[str] = []
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(names)
@@ -55,11 +56,11 @@ def read(listing: str) -> Code:
             target = re.search(r"\.L_x_\d+", found[2])
             # the last branch of a program leads to itself
             if found[1] == "BRA" and target and labels.get(target[0], len(names)) < len(names):
-                loops.append((labels[target[0]], len(names)))
+                ends[target[0]] = len(names)
             names.append(found[1])
     by_depth, in_loops = Counter[int](), Counter[str]()
     for n, name in enumerate(names):
-        depth = sum(first <= n <= last for first, last in loops)
+        depth = sum(labels[label] <= n <= end for label, end in ends.items())
         by_depth[depth] += 1
         if depth:
             in_loops.update(kind for kind, members in KINDS.items() if name in members)
@@ -79,7 +80,7 @@ def describe(kernel: Any) -> list[Any]:
         usage, code = _run("cuobjdump", "-res-usage", file.name), read(_run("nvdisasm", "-c", file.name))
     registers, spilled = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
     rounded = -(-registers // 8) * 8  # given in eights, and a KiB of shared memory is the system's
-    at_once = min(REGISTERS // (32 * warps * rounded), SHARED // (shared + 1024), WARPS // warps)
+    at_once = min(REGISTERS // (32 * warps * rounded), SHARED // (shared + 1024), WARPS // warps, PROGRAMS)
     depths = [code.by_depth[n] for n in range(3)]
     return [warps, registers, spilled, at_once, *depths, *(code.in_loops[kind] for kind in KINDS)]
 

@@ -24,6 +24,7 @@ LISTING = """
         /*0020*/                   FFMA R4, R4, R5, R6 ;
         /*0030*/              @!P0 FMUL R4, R4, 2 ;
         /*0040*/               @P1 BRA `(.L_x_0) ;
+        /*0048*/               @P4 BRA `(.L_x_0) ;
         /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0060*/               @P2 BRA `(.L_x_1) ;
         /*0070*/               @P3 BRA `(.L_x_2) ;
@@ -38,7 +39,7 @@ LISTING = """
 def test_branches_back_make_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     code = runpy.run_path(str(SCRIPT))["read"](LISTING)
-    assert code.by_depth == {0: 5, 1: 3, 2: 3}
+    assert code.by_depth == {0: 5, 1: 3, 2: 4}
     assert code.in_loops == {"arithmetic": 2, "global": 1, "barriers": 1}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastchgnet.ops import bond_tables
 from fastchgnet.ops.bond_tables import Inputs
 from fastchgnet.ops.gpu import bond_tables as kernels
+from fastchgnet.ops.gpu import runtime
 
 # float32 at phases of a hundred radians, whose sines err by 4e-6, and slopes of up to a hundred
 FLOAT32 = 1e-5
@@ -25,13 +26,19 @@ BODIES = (
 
 
 def arguments(
-    n_short: int, n_long: int, n_tables: int = 4, n_radial: int = 31, p: int = 8, width: int = 16
+    n_short: int,
+    n_long: int,
+    n_tables: int = 4,
+    n_radial: int = 31,
+    p: int = 8,
+    width: int = 16,
+    n_layers: int = 2,
 ) -> Inputs:
     """Draw what the op takes; one layer on all bonds where there are no tables of long ones."""
     torch.manual_seed(1 + n_short + n_long)  # with 1, the only curvature of a single bond cancels to 1e-4
     frequency = math.pi * torch.arange(1, n_radial + 1) * (1 + 0.01 * torch.randn(n_radial))
     weight = torch.randn((2 if n_tables else 1) * width, n_radial)
-    long_weight = torch.randn(n_tables, 2 * width, n_radial) if n_tables else None
+    long_weight = torch.randn(n_tables, n_layers * width, n_radial) if n_tables else None
     distance = 0.5 + 6 * torch.rand(n_short + n_long, 1)
     return Inputs(distance, frequency, weight, long_weight, 6.0, p, n_short)
 
@@ -87,6 +94,23 @@ def test_all_levels(n_short: int, n_long: int, n_tables: int) -> None:
 def test_any_number_of_functions(n_radial: int, p: int) -> None:
     given = arguments(5, 30, 1, n_radial, p)
     check(given, draw(given))
+
+
+@pytest.mark.parametrize("n_layers", [1, 3, kernels.LAYERS, kernels.LAYERS + 1])
+def test_long_tables_of_any_number_of_layers(n_layers: int) -> None:
+    given = arguments(20, 30, 2, n_layers=n_layers)
+    check(given, draw(given))
+
+
+def test_tf32_is_for_gradients_of_parameters() -> None:
+    given = arguments(20, 60)
+    grads, _, onto = moved(draw(given), torch.float32, DEVICE)
+    single = moved(given, torch.float32, DEVICE)
+    exact = kernels.backward(onto, True, grads, *single)
+    with runtime.precision("tf32"):
+        found = kernels.backward(onto, True, grads, *single)
+    off = [float((one - other).norm() / other.norm()) for one, other in zip(found, exact, strict=True)]
+    assert off[:2] == [0, 0] and all(1e-5 < share < 1e-3 for share in off[2:])
 
 
 def test_features_of_the_network() -> None:

@@ -19,7 +19,7 @@ KINDS = ["atom", "bond", "angle", "atom without norm", "shared norm"]
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a program may take, by compute capability."""
 MAX_SPILLED = {"_forward_kernel": 320, "_backward_kernel": 64, "_second_kernel": 320}
-"""Bytes of a thread, in tf32. All of a multiprocessor's then fit the cache beside the shared memory."""
+"""Bytes of a thread, in tf32. All of an H100 multiprocessor's then fit the cache beside the shared memory."""
 MAX_SPILLED_FP32 = 1024
 """Three products for one need more; beyond this the assembler has given up."""
 

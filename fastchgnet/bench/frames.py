@@ -41,7 +41,7 @@ class Workload:
     """Labelled frames of one batch."""
 
     frames: Sequence[Frame]
-    synthetic: tuple[str, ...]  # labels that some frames lacked and that were drawn
+    synthetic: tuple[str, ...]  # labels that were drawn, as some frames lacked them or all were to be
     composition: Composition
 
 

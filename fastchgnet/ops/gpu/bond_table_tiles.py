@@ -26,7 +26,7 @@ def _of_layer(
     m, tables, layer, n_rows, n_short, N_LAYERS: tl.constexpr, PER_LONG: tl.constexpr, D: tl.constexpr
 ):
     """Return a layer's part of a table, its width, and its first row and last; no row where there is none."""
-    part, end = m.distance, layer * 0
+    part, end = m.distance, layer * 0  # any tensor: no row of it is live
     for n in tl.static_range(N_LAYERS):
         if tables[n if n < 2 else 2 + (n - 2) // PER_LONG] is not None:
             table = tables[n if n < 2 else 2 + (n - 2) // PER_LONG]
@@ -204,9 +204,9 @@ def by_weight(
     WIDEST: tl.constexpr = D if N_LAYERS < 3 else triton.next_power_of_2(PER_LONG) * D
     number = tl.arange(0, WIDEST)
     total = zeros(WIDEST, COLUMNS)
-    ROWS: tl.constexpr = BLOCK // 2  # of a table that may be several layers wide
-    for tile in range(chunk, tl.cdiv(end - begin, ROWS), n_chunks):
-        row = tl.full([ROWS], ROWS, tl.int64) * tile + tl.arange(0, ROWS)
+    HALF: tl.constexpr = BLOCK // 2  # the sum for several layers takes the registers of the rest
+    for tile in range(chunk, tl.cdiv(end - begin, HALF), n_chunks):
+        row = tl.full([HALF], HALF, tl.int64) * tile + tl.arange(0, HALF)
         live = begin + row < end
         r = tl.load(m.distance + begin + row, mask=live, other=1.0)
         xi, w, sine, cosine = waves(r, m.frequency, cutoff, R, COLUMNS)

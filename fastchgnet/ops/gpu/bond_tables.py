@@ -27,6 +27,7 @@ from fastchgnet.ops.gpu.segments import shares, sum_all
 WIDTHS = (16, 32, 64)
 FUNCTIONS = 32  # as many as a tile has registers for
 FEWEST = 16  # columns that a factor must have
+LAYERS = 4  # of a long table, as many as a sum of gradients has registers for
 pytorch_backward = adding(bond_tables._backward)
 ROWS = 64  # of a tile
 WARPS = 4
@@ -146,7 +147,9 @@ class Launch:
             n_all += n_chunks * self.n_tables
         found = Found(tables, distance.new_empty(distance.shape), onto[0], *found_shares)
         args = _padded(self.grads), found, n_programs, n_chunks
-        self._run(_backward_kernel, n_all, cotangent, *args, PRECISION=runtime.current_precision())
+        # of parameters' gradients only
+        precision = runtime.current_precision() if with_parameters else "fp32"
+        self._run(_backward_kernel, n_all, cotangent, *args, PRECISION=precision)
         return [found.distance, *(self._sums(found_shares, onto[1:]) if with_parameters else [])]
 
     def _sums(self, found: Sequence[Any], onto: Sequence[Any]) -> list[Any]:
@@ -192,8 +195,8 @@ def fits(inputs: Sequence[Any]) -> bool:
     """Tell whether the kernels take so many functions and layers of these widths."""
     m = Inputs(*inputs)
     width = _width(m)
-    whole = m.long_weight is None or m.long_weight.shape[1] % width == 0
-    return whole and width in WIDTHS and len(m.frequency) <= FUNCTIONS
+    n_layers, rest = (1, 0) if m.long_weight is None else divmod(m.long_weight.shape[1], width)
+    return rest == 0 and n_layers <= LAYERS and width in WIDTHS and len(m.frequency) <= FUNCTIONS
 
 
 def forward(*inputs: Any) -> list[Tensor]:

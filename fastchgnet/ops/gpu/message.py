@@ -55,11 +55,12 @@ FORWARD = {
 
 
 def _backward_tile(m: Inputs, with_parameters: bool) -> Tile:
-    # Two programs a multiprocessor, of which one works while the other waits at a barrier. Four matrices in
-    # shared memory leave room for one; sums of gradients leave few registers for rows.
+    # Two programs a multiprocessor, of which one works while the other waits at a barrier; sums of gradients
+    # leave few registers for rows. Bonds have four matrices: those of two programs are too much for shared
+    # memory in tf32, and for registers in fp32.
     if m.has_hidden and m.a is not None:
         return Tile(rows=32, warps=8, per_multiprocessor=1)
-    return Tile(rows=16 if m.has_hidden and with_parameters else 32, warps=4, per_multiprocessor=2)
+    return Tile(rows=16 if with_parameters else 32, warps=4, per_multiprocessor=2)
 
 
 class Rows(NamedTuple):

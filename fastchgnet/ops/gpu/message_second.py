@@ -33,7 +33,7 @@ from fastchgnet.ops.gpu.tiles import dot, factor, mean, norm_backward, read, sig
 
 SECOND = Tile(rows=16, warps=4, per_multiprocessor=2)
 SECOND_OF_BONDS = Tile(rows=16, warps=8, per_multiprocessor=1)
-"""Their four matrices leave no room for two programs."""
+"""Their four matrices and as many sums leave no room for two programs."""
 
 
 @triton.jit

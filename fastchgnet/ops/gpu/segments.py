@@ -86,11 +86,6 @@ def _sum_block(
     tl.store(job.out + at, total, mask=within)
 
 
-@triton.jit
-def _n_blocks(job, n_segments, SEGMENTS: tl.constexpr):
-    return n_segments if job.start is None else tl.cdiv(n_segments, SEGMENTS)
-
-
 @triton.jit(do_not_specialize=[f"{of}_{n}" for of in ("n", "m") for n in range(MAX_SUMS)])
 def _sum_kernel(
     jobs,
@@ -116,14 +111,11 @@ def _sum_kernel(
 ):
     sizes = (n_0, n_1, n_2, n_3, n_4, n_5, n_6)
     shares = (m_0, m_1, m_2, m_3, m_4, m_5, m_6)
-    n_of_round = 0
-    for job in tl.static_range(len(WIDTHS)):
-        n_of_round += tl.cdiv(_n_blocks(jobs[job], sizes[job], SEGMENTS), ROUNDS)
-    n_of_round = tl.maximum(n_of_round, 1)
+    n_of_round = tl.num_programs(0) // ROUNDS
     turn = tl.program_id(0) // n_of_round
     rest = tl.program_id(0) % n_of_round
     for job in tl.static_range(len(WIDTHS)):
-        n_blocks = _n_blocks(jobs[job], sizes[job], SEGMENTS)
+        n_blocks = sizes[job] if jobs[job].start is None else tl.cdiv(sizes[job], SEGMENTS)
         n = tl.cdiv(n_blocks, ROUNDS)
         block = turn * n + rest
         if (rest >= 0) & (rest < n) & (block < n_blocks):

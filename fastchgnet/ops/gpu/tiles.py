@@ -95,7 +95,7 @@ def vector(weight, D: tl.constexpr):
 @triton.jit
 def sigmoid(x):
     """Return 1 / (1 + exp(-x)), for infinite x and NaN, too."""
-    # Four instructions. Triton's own takes fourteen, for exponentials that are subnormal, which are nothing
+    # Four instructions. Triton's own takes twelve, for exponentials that are subnormal, which are nothing
     # beside 1, and for those close to overflow, where the quotient is 0. Impure, or it would be computed
     # again where that spares a change of layout.
     if INTERPRETED:
