@@ -60,6 +60,9 @@ def test_own_labels_are_kept_and_drawn_ones_are_named(file) -> None:
     ase.io.write("labelled.xyz", atoms)
     workload = Pool(Path("labelled.xyz"), 0).workload(4)
     assert workload.synthetic == ()
+    drawn = Pool(Path("labelled.xyz"), 0).workload(4, own_labels=False)
+    assert drawn.synthetic == ("energy", "forces", "stress", "magmoms")
+    assert {f.energy for f in drawn.frames}.isdisjoint(f.energy for f in workload.frames)
     energies = sorted(frame.energy for frame in workload.frames)
     assert energies == pytest.approx(
         sorted(a.get_potential_energy() for a in atoms), rel=1e-7
@@ -101,11 +104,12 @@ def test_operations_are_those_of_the_layers() -> None:
     assert forward_operations(batch) == sum(2 * n * width * out for n, width, out in layers)
 
 
-def test_profile_counts_outermost_operators() -> None:
+def test_profile_counts_outermost_operators(capfd) -> None:
     a = torch.ones(4, 4)
     layer = torch.nn.Linear(4, 4)
     # linear calls t and addmm inside itself
     assert profiled(lambda: torch.relu(layer(a)), CPU, n_top=3).counts == {"ops": 2}
+    assert capfd.readouterr() == ("", "")
 
 
 def test_rows_are_appended_and_other_files_are_left_alone(tmp_path) -> None:

@@ -85,7 +85,19 @@ def _panel(axes: Axes, rows: Sequence[Row], title: str) -> None:
             label=f"{size} systems",
         )
         for step, (height, text) in heights.items():
-            axes.annotate(text, (step + offset, height), ha="center", va="bottom", fontsize=8, color=INK)
+            at = (step + offset, height)
+            upright = 90 if len(sizes) > 1 else 0  # bars side by side are narrower than their figures
+            axes.annotate(
+                text,
+                at,
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color=INK,
+                rotation=upright,
+            )
     axes.set_xticks(range(len(labels) + 1), [BASELINE, *labels], rotation=20, ha="right")
-    axes.margins(y=0.15)
+    axes.margins(y=0.2)
     axes.legend(fontsize=8, frameon=False)

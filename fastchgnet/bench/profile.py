@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ def profiled(work: Work, device: torch.device, n_top: int = 0) -> Profile:
     `kernels` executed there (copies and fills included), `launches` from the host and `waits` of the host
     for the device.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it reports its own start and stop
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
