@@ -87,7 +87,7 @@ def describe(kernel: Any) -> list[Any]:
 
 def main(file: str, readout: str = "direct", n_frames: str = "64") -> None:
     """Print what a step in tf32 launches, in the order of its first launches."""
-    launches: dict[tuple[str, int, str], list[Any]] = {}
+    launches: dict[tuple[str, int, str], Any] = {}
     counts: Counter[tuple[str, int, str]] = Counter()
 
     def launch(kernel: Any, grid: int, device: Any, *args: Any, **options: Any) -> None:

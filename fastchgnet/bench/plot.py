@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastchgnet.bench import balance_plot, learning_plot, scaling_plot
 from fastchgnet.bench.rows import Row, read
@@ -66,6 +66,14 @@ def _panel(axes: Axes, rows: Sequence[Row], title: str) -> None:
     labels = list(dict.fromkeys(row["label"] or "no label" for row in rows))
     sizes = sorted({row["batch"]["systems"] for row in rows})
     width = 0.8 / len(sizes)
+    how: dict[str, Any] = {
+        "textcoords": "offset points",
+        "ha": "center",
+        "va": "bottom",
+        "fontsize": 8,
+        "color": INK,
+        "rotation": 90 if len(sizes) > 1 else 0,  # bars side by side are narrower than their figures
+    }
     for place, size in enumerate(sizes):
         of_size = {row["label"] or "no label": row for row in rows if row["batch"]["systems"] == size}
         offset = (place - (len(sizes) - 1) / 2) * width
@@ -85,19 +93,7 @@ def _panel(axes: Axes, rows: Sequence[Row], title: str) -> None:
             label=f"{size} systems",
         )
         for step, (height, text) in heights.items():
-            at = (step + offset, height)
-            upright = 90 if len(sizes) > 1 else 0  # bars side by side are narrower than their figures
-            axes.annotate(
-                text,
-                at,
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=8,
-                color=INK,
-                rotation=upright,
-            )
+            axes.annotate(text, (step + offset, height), (0, 2), **how)
     axes.set_xticks(range(len(labels) + 1), [BASELINE, *labels], rotation=20, ha="right")
     axes.margins(y=0.2)
     axes.legend(fontsize=8, frameon=False)

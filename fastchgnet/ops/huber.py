@@ -113,7 +113,7 @@ def _derivative(inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[A
     return (*found, *[None] * 7)
 
 
-_TARGETS = ("energy", "forces", "stress", "magmoms")
+_TARGETS = Output._fields[:4]
 _NAMES = (*_TARGETS, *(f"{name}_label" for name in _TARGETS), "n_atoms", "volume")
 _INPUTS = ", ".join(f"Tensor {name}" for name in _NAMES) + ", float delta"
 _huber = define("huber", f"({_INPUTS}) -> Tensor", _derivative)

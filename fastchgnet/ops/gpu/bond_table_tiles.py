@@ -22,10 +22,9 @@ def _tile(m, tile, n_rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _of_layer(
-    m, tables, layer, n_rows, n_short, N_LAYERS: tl.constexpr, PER_LONG: tl.constexpr, D: tl.constexpr
-):
+def _of_layer(m, tables, layer, sizes, N_LAYERS: tl.constexpr, PER_LONG: tl.constexpr, D: tl.constexpr):
     """Return a layer's part of a table, its width, and its first row and last; no row where there is none."""
+    n_rows, n_short = sizes[0], sizes[1]
     part, end = m.distance, layer * 0  # any tensor: no row of it is live
     for n in tl.static_range(N_LAYERS):
         if tables[n if n < 2 else 2 + (n - 2) // PER_LONG] is not None:
@@ -40,16 +39,24 @@ def _of_layer(
 
 
 @triton.jit
-def _numbers(D: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return where the numbers of a layer are, and which columns are there."""
-    row, column = tl.arange(0, D)[:, None], tl.arange(0, COLUMNS)[None, :]
-    return row * R + column, (row < D) & (column < R)
+def _places(m, tables, layer, row, sizes, N_LAYERS: tl.constexpr, PER_LONG: tl.constexpr, D: tl.constexpr):
+    """Return where a layer's rows [BLOCK, D] are, and which of them there are."""
+    part, width, begin, end = _of_layer(m, tables, layer, sizes, N_LAYERS, PER_LONG, D)
+    at = (row - begin)[:, None] * width + tl.arange(0, D)[None, :]
+    return part + at, ((row >= begin) & (row < end))[:, None]
+
+
+@triton.jit
+def _numbers(width, MOST: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return where the numbers of a layer or of several are [MOST, COLUMNS], and which of them there are."""
+    row, column = tl.arange(0, MOST)[:, None], tl.arange(0, COLUMNS)[None, :]
+    return row * R + column, (row < width) & (column < R)
 
 
 @triton.jit
 def _weight(m, layer, D: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr):
     """Read a layer as a factor [D, COLUMNS]."""
-    at, inside = _numbers(D, R, COLUMNS)
+    at, inside = _numbers(D, D, R, COLUMNS)
     weight = m.weight + layer * (D * R)
     if m.long_weight is not None:
         weight = tl.where(layer < 2, weight, m.long_weight + (layer - 2) * (D * R))
@@ -71,11 +78,10 @@ def _multiply(
     """Write rows of all tables."""
     # not unrolled here and below: loads of many layers at once would take all registers
     for layer in range(N_LAYERS):
-        part, width, begin, end = _of_layer(m, tables, layer, sizes[0], sizes[1], N_LAYERS, PER_LONG, D)
         weight = _weight(m, layer, D, R, basis.shape[1])
         y = dot(basis, tl.trans(weight), zeros(basis.shape[0], D), "fp32")
-        at = (row - begin)[:, None] * width + tl.arange(0, D)[None, :]
-        tl.store(part + at, y, mask=((row >= begin) & (row < end))[:, None])
+        place, inside = _places(m, tables, layer, row, sizes, N_LAYERS, PER_LONG, D)
+        tl.store(place, y, mask=inside)
 
 
 @triton.jit
@@ -117,9 +123,8 @@ def _pulled(
     """Return rows of dZ."""
     by_basis = zeros(row.shape[0], COLUMNS)
     for layer in range(N_LAYERS):
-        grad, width, begin, end = _of_layer(m, grads, layer, sizes[0], sizes[1], N_LAYERS, PER_LONG, D)
-        at = (row - begin)[:, None] * width + tl.arange(0, D)[None, :]
-        g = tl.load(grad + at, mask=((row >= begin) & (row < end))[:, None], other=0.0)
+        place, inside = _places(m, grads, layer, row, sizes, N_LAYERS, PER_LONG, D)
+        g = tl.load(place, mask=inside, other=0.0)
         by_basis = dot(factor(g, "fp32"), _weight(m, layer, D, R, COLUMNS), by_basis, "fp32")
     return by_basis
 
@@ -196,11 +201,11 @@ def by_weight(
     PRECISION: tl.constexpr,
 ):
     """Write a chunk's share of the gradient of a table's layers."""
-    n_rows, n_short, n_chunks = sizes
     cutoff, scale = constants
+    n_chunks = sizes[2]
     table, chunk = program // n_chunks, program % n_chunks
     layer = table if PER_LONG == 1 else tl.where(table < 2, table, 2 + (table - 2) * PER_LONG)
-    grad, width, begin, end = _of_layer(m, grads, layer, n_rows, n_short, N_LAYERS, PER_LONG, D)
+    grad, width, begin, end = _of_layer(m, grads, layer, sizes, N_LAYERS, PER_LONG, D)
     WIDEST: tl.constexpr = D if N_LAYERS < 3 else triton.next_power_of_2(PER_LONG) * D
     number = tl.arange(0, WIDEST)
     total = zeros(WIDEST, COLUMNS)
@@ -218,8 +223,7 @@ def by_weight(
         at = row[:, None] * width + number[None, :]
         g = tl.load(grad + at, mask=live[:, None] & (number < width)[None, :], other=0.0)
         total = dot(tl.trans(factor(g, PRECISION)), factor(other, PRECISION), total, PRECISION)
-    column = tl.arange(0, COLUMNS)
-    at, inside = number[:, None] * R + column[None, :], (number < width)[:, None] & (column < R)[None, :]
+    at, inside = _numbers(width, WIDEST, R, COLUMNS)
     N_FIRST: tl.constexpr = N_LAYERS if N_LAYERS < 2 else 2
     chunk = chunk.to(tl.int64)
     share = found.weight + (chunk * N_FIRST + layer) * (D * R)

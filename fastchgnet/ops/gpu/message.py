@@ -54,11 +54,11 @@ FORWARD = {
 }
 
 
-def _backward_tile(m: Inputs, with_parameters: bool) -> Tile:
+def _backward_tile(of_bonds: bool, with_parameters: bool) -> Tile:
     # Two programs a multiprocessor, of which one works while the other waits at a barrier; sums of gradients
     # leave few registers for rows. Bonds have four matrices: those of two programs are too much for shared
     # memory in tf32, and for registers in fp32.
-    if m.has_hidden and m.a is not None:
+    if of_bonds:
         return Tile(rows=32, warps=8, per_multiprocessor=1)
     return Tile(rows=16 if with_parameters else 32, warps=4, per_multiprocessor=2)
 
@@ -228,6 +228,7 @@ class Launch:
         contiguous: Any = (t.contiguous() if isinstance(t, Tensor) else t for t in inputs)
         self.m = m = Inputs(*contiguous)
         self.n_rows, self.width = len(m.i), m.width
+        self.of_bonds = m.has_hidden and m.a is not None
         self.n_parameters = 0 if m.parameters is None else m.parameters.numel()
 
     def rows(self, width: int) -> Tensor:
@@ -323,7 +324,7 @@ def backward(
     if not fits(inputs):
         return pytorch_backward(onto, with_parameters, grad, *inputs)
     launch = Launch(inputs)
-    tile = _backward_tile(launch.m, with_parameters)
+    tile = _backward_tile(launch.of_bonds, with_parameters)
     found = launch.gradients(tile, with_parameters, with_tangent=False, onto_a=onto[5])
     launch.run(
         _backward_kernel,

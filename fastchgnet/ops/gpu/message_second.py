@@ -219,7 +219,7 @@ def backward_backward(
     if not fits(inputs):
         return _message_torch.backward_backward(cotangents, grad, *inputs)
     launch = Launch(inputs)
-    tile = SECOND_OF_BONDS if launch.m.a is not None and launch.m.has_hidden else SECOND
+    tile = SECOND_OF_BONDS if launch.of_bonds else SECOND
     found = launch.gradients(tile, with_parameters=True, with_tangent=True)
     u_p, u_q, u_r, u_tail, u_w, u_a = cotangents
     wanted = (u_p, u_q, *launch.m.halves(u_r, u_tail), u_w, u_a)
